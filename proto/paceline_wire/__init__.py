@@ -1,0 +1,6 @@
+"""What both sides must agree on byte for byte: messages, codecs, the manifest and the errors; nothing knows of sockets."""
+
+PROTOCOL_VERSION = 1
+"""Version of the exchange protocol. Peers of different versions refuse each other with a sentence."""
+
+__all__ = ["PROTOCOL_VERSION"]

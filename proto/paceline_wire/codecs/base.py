@@ -1,0 +1,53 @@
+"""The codec interface: pure functions between flat float32 values and the bytes that stand for them.
+
+A codec is stateless and works on one fragment's values at a time. Everything is a 1-d tensor: values are float32,
+payloads are uint8, and both sides of a call are on one device. Nothing here allocates the caller's results, so buffers
+can be pinned, pooled, or slices of larger ones; a faster kernel replaces a codec's arithmetic by implementing this
+interface bit for bit (`tests/unit/test_codecs.py` is its conformance suite).
+"""
+
+from typing import Protocol
+
+import torch
+
+BLOCK_ELEMENTS = 256
+"""Elements that share a scale in the blockwise codecs; ranges given to `decode_range` start at multiples of it."""
+
+
+class Codec(Protocol):
+    """One way of writing numbers as bytes."""
+
+    @property
+    def name(self) -> str:
+        """The codec's name in configurations, such as "int8"."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decoding gives back every finite float32 bit for bit (then error feedback has nothing to carry)."""
+
+    def encoded_bytes(self, num_elements: int) -> int:
+        """Size in bytes of the encoding of that many elements."""
+
+    def encode(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the encoding of values (float32 [n]) to out (uint8 [encoded_bytes(n)]).
+
+        Values that are not finite never raise: they give a payload that `check` refuses, since the shard, not the
+        worker, decides about them.
+        """
+
+    def check(self, payload: torch.Tensor, num_elements: int) -> None:
+        """Refuse a payload (uint8 [any]) that is not the finite encoding of num_elements elements.
+
+        Raises:
+            CodecError: The size is wrong or some value would not be finite. The message says which.
+        """
+
+    def decode_range(self, payload: torch.Tensor, num_elements: int, start: int, out: torch.Tensor) -> None:
+        """Decode elements start, start + 1, ... of a checked payload into out (float32 [m], start + m <= n).
+
+        start must be a multiple of BLOCK_ELEMENTS. This lets a caller decode in pieces that stay in the cache. The
+        payload must have passed `check`; any content is then safe.
+
+        Raises:
+            CodecError: The range or the payload's size does not fit num_elements.
+        """
