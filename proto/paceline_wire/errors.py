@@ -36,6 +36,13 @@ class CodecError(InvalidInputError):
     """A payload is not a valid encoding: wrong size, damaged, or not finite. Decoders raise nothing else."""
 
 
+class DamagedPayloadError(PacelineError):
+    """A payload's checksum does not fit: bytes changed on the way. Sending it again helps."""
+
+    grpc_code = "DATA_LOSS"
+    retryable = True
+
+
 class ManifestMismatchError(PacelineError):
     """Two models differ; the message names the first tensor that does."""
 

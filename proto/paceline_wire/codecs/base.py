@@ -1,9 +1,10 @@
 """The codec interface: pure functions between flat float32 values and the bytes that stand for them.
 
-A codec is stateless and works on one fragment's values at a time. Everything is a 1-d tensor: values are float32,
-payloads are uint8, and both sides of a call are on one device. Nothing here allocates the caller's results, so buffers
-can be pinned, pooled, or slices of larger ones; a faster kernel replaces a codec's arithmetic by implementing this
-interface bit for bit (`tests/unit/test_codecs.py` is its conformance suite).
+A codec is stateless and works on one fragment's values at a time. Everything is a contiguous 1-d tensor without
+gradient: values are float32, payloads are uint8, and both sides of a call are on one device. Nothing here allocates the
+caller's results, so buffers can be pinned, pooled, or slices of larger ones, payloads at any byte offset; a faster
+kernel replaces a codec's arithmetic by implementing this interface bit for bit (`tests/unit/test_codecs.py` is its
+conformance suite).
 """
 
 from typing import Protocol
@@ -32,7 +33,10 @@ class Codec(Protocol):
         """Write the encoding of values (float32 [n]) to out (uint8 [encoded_bytes(n)]).
 
         Values that are not finite never raise: they give a payload that `check` refuses, since the shard, not the
-        worker, decides about them.
+        worker, decides about them. Values that are finite give one that `check` accepts (bf16: up to 2^128 - 2^119).
+
+        Raises:
+            InvalidInputError: values or out are not as said. The message says which.
         """
 
     def check(self, payload: torch.Tensor, num_elements: int) -> None:

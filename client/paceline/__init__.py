@@ -1,0 +1,7 @@
+"""Train one torch model from many places: `join` an ordinary training loop to a run, or `connect` to it from asyncio."""
+
+from paceline.channels import TLS
+from paceline.client import Base, Client, connect
+from paceline_wire.errors import PacelineError
+
+__all__ = ["TLS", "Base", "Client", "PacelineError", "connect"]

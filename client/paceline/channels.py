@@ -1,0 +1,160 @@
+"""gRPC channels to shards: options, credentials, the metadata of every call, and what failed calls mean."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from paceline_wire.errors import (
+    ERROR_METADATA_KEY,
+    ERRORS_BY_NAME,
+    InvalidInputError,
+    PacelineError,
+    ProtocolVersionError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from paceline_wire.transfer import MAX_MESSAGE_BYTES
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Pings keep NATs and load balancers from dropping a quiet connection, and find a dead peer in under a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # Pushes are resent by sequence number; gRPC must not replay streams by itself.
+    ("grpc.enable_retries", 0),
+    # Channels with equal options would otherwise share one TCP connection.
+    ("grpc.use_local_subchannel_pool", 1),
+    # An http_proxy variable meant for browsers breaks connections to servers on loopback and private networks.
+    ("grpc.enable_http_proxy", 0),
+)
+
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+"""What a broken connection or a dying peer looks like, unless the peer named an error of its own."""
+
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TLS:
+    """How to verify the server, and what to show it.
+
+    Attributes:
+        ca: PEM file of the authority that signed the server's certificate; None: the system's authorities.
+        cert: PEM file of this worker's certificate, for servers that ask for one.
+        key: PEM file of that certificate's private key.
+        server_name: The name that the server's certificate must have, if it is not the host of the address.
+    """
+
+    ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise InvalidInputError("TLS needs cert and key together, or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """What every call of one worker needs besides the address.
+
+    Attributes:
+        tls: None: no TLS.
+        token: The run's token, if it has one.
+    """
+
+    tls: TLS | None = None
+    token: str | None = None
+
+    @classmethod
+    def of(cls, tls: "TLS | str | Path | bool | None", token: str | None) -> "Access":
+        """Access from the forms that users may give: True for the system's authorities, a path for a CA file."""
+        if tls is True:
+            return cls(tls=TLS(), token=token)
+        if isinstance(tls, str | Path):
+            return cls(tls=TLS(ca=tls), token=token)
+        return cls(tls=tls or None, token=token)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata of every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def channel(self, target: str) -> grpc.aio.Channel:
+        """A channel to "host:port".
+
+        Raises:
+            InvalidInputError: A TLS file cannot be read.
+        """
+        if self.tls is None:
+            return grpc.aio.insecure_channel(target, options=list(_OPTIONS))
+        credentials = grpc.ssl_channel_credentials(_read(self.tls.ca), _read(self.tls.key), _read(self.tls.cert))
+        options = list[tuple[str, int | str]](_OPTIONS)
+        if self.tls.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return grpc.aio.secure_channel(target, credentials, options=options)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[IPv6]:port"; the host keeps its brackets.
+
+    Raises:
+        InvalidInputError: The address has another form.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidInputError(f"address {address!r} is not of the form host:port, such as ps.example.org:7070")
+    return host, int(port)
+
+
+def error_of(error: grpc.RpcError, target: str) -> PacelineError:
+    """The error that a failed call stands for: the class that the peer named, or the one that its status implies."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return UnavailableError(f"the call to {target} failed: {error}")
+    metadata = error.trailing_metadata()
+    named = dict(metadata or ()).get(ERROR_METADATA_KEY)
+    details = error.details() or error.code().name
+    if named in ERRORS_BY_NAME:
+        return ERRORS_BY_NAME[str(named)](details)
+    if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return UnauthenticatedError(f"{target} refused this worker: {details}")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolVersionError(f"{target} is not a Paceline server of this protocol version: {details}")
+    if error.code() in _TRANSIENT:
+        return UnavailableError(f"{target} cannot be reached: {details}")
+    return PacelineError(f"{target} failed with {error.code().name}: {details}")
+
+
+def backoff_s(jitter: random.Random) -> Iterator[float]:
+    """Seconds to wait before each attempt after a failure: doubling, with jitter so that workers do not come at once."""
+    longest = FIRST_BACKOFF_S
+    while True:
+        yield jitter.uniform(longest / 2, longest)
+        longest = min(2 * longest, LONGEST_BACKOFF_S)
+
+
+def _read(path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"the TLS file {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,213 @@
+"""The asyncio client: a run's parameters as named tensors, for loops of any shape."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paceline.channels import TLS, Access
+from paceline.connection import OutgoingPush, ReceivedUpdate
+from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
+from paceline.session import REACH_S, Session, new_worker, open_session
+from paceline_wire import codecs
+from paceline_wire.errors import InvalidInputError, PushRefusedError
+from paceline_wire.manifest import Fragment, Manifest
+from paceline_wire.v1 import admin_pb2
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+MAX_ENCODING = 4
+"""Fragments that are encoded ahead of the link: enough to overlap, few enough to bound memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The newest server state that a client holds.
+
+    Attributes:
+        tensors: Every exchanged tensor by name, float32 on the host.
+        bins: For each fragment, the bin that outer gradients computed from these tensors belong to.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bins: dict[int, int]
+
+
+class Client:
+    """A connected client; made by `connect`. Belongs to one event loop.
+
+    Args:
+        session: The open run.
+        is_worker: Whether it has joined, and may push.
+    """
+
+    def __init__(self, session: Session, *, is_worker: bool) -> None:
+        self._session = session
+        self._is_worker = is_worker
+        exchange = session.configuration.exchange
+        self._uplink = codecs.codec_of_wire(exchange.uplink)
+        self._downlink = codecs.codec_of_wire(exchange.downlink)
+        self._seqs: dict[int, int] = {}
+        self._residuals: dict[int, torch.Tensor | None] = {}
+        self._encoding = asyncio.Semaphore(MAX_ENCODING)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the run exchanges; None until it is initialized."""
+        return self._session.manifest
+
+    @property
+    def configuration(self) -> pb.RunConfiguration:
+        """What the server tells of the run's configuration."""
+        return self._session.configuration
+
+    async def initialize(self, tensors: Mapping[str, torch.Tensor], *, averaged: Collection[str] = ()) -> None:
+        """Give the run its first parameters. The first caller counts; later ones only have their manifest checked.
+
+        Args:
+            tensors: By name, of any shapes, float32, bfloat16 or float16. Integer tensors stay local, tied ones count
+                once, under the name that comes first.
+            averaged: Names of the tensors that are averaged over the workers without momentum (float buffers).
+
+        Raises:
+            ManifestMismatchError: The run has another model; the text names the first tensor that differs.
+            InvalidInputError: A tensor cannot be exchanged; the text says which and why.
+        """
+        kept = exchanged(tensors)
+        await self._session.initialize(manifest_of(kept, averaged, self._session.fragment_elements), kept)
+
+    async def fetch(self) -> Base:
+        """The current parameters.
+
+        Raises:
+            NotInitializedError: The run has none yet.
+            UnavailableError: A shard cannot be reached.
+        """
+        manifest = await self._known_manifest()
+        base = _empty_base(manifest)
+
+        async def fetch(fragment: Fragment) -> None:
+            async with self._encoding:
+                values, base.bins[fragment.index] = await self._session.fetch(fragment, self._downlink)
+                scatter(fragment, values, base.tensors)
+
+        await asyncio.gather(*(fetch(fragment) for fragment in manifest.fragments))
+        return base
+
+    async def exchange(self, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
+        """Push an outer gradient and return the state that answers it, once every fragment is acknowledged.
+
+        What the uplink's codec loses is added to this client's next push.
+
+        Args:
+            outer_gradient: Start minus end of the round, by name: the manifest's names and shapes.
+            base: The state from which it was computed.
+
+        Raises:
+            PushRefusedError: The server refused a fragment for what it contains (others were applied).
+            ManifestMismatchError: The names or shapes are not the run's.
+            InvalidInputError: This client is an observer.
+        """
+        if not self._is_worker:
+            raise InvalidInputError("this client only observes: give connect a worker_id to push")
+        manifest = await self._known_manifest()
+        require_values(manifest, outer_gradient)
+        for connection in self._session.connections:
+            if not connection.exchanging:
+                connection.begin_exchange(manifest, self._downlink)
+        # All sequence numbers are taken before anything is awaited, so that exchanges may overlap.
+        seqs = {fragment.index: self._next_seq(fragment.index) for fragment in manifest.fragments}
+        newest = _empty_base(manifest)
+
+        async def exchange(fragment: Fragment) -> str | None:
+            update = await self._push(fragment, outer_gradient, base.bins[fragment.index], seqs[fragment.index])
+            newest.bins[fragment.index] = update.bin
+            scatter(fragment, update.values, newest.tensors)
+            return update.refusal
+
+        refusals = await asyncio.gather(*(exchange(fragment) for fragment in manifest.fragments))
+        reasons = [refusal for refusal in refusals if refusal is not None]
+        if reasons:
+            raise PushRefusedError(reasons[0] if len(reasons) == 1 else f"{reasons[0]} (and {len(reasons) - 1} more)")
+        return newest
+
+    async def statuses(self) -> list[admin_pb2.StatusResponse]:
+        """Every shard's status, see admin.proto.
+
+        Raises:
+            UnavailableError: A shard cannot be reached.
+        """
+        return await self._session.statuses()
+
+    async def _push(
+        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], base_bin: int, seq: int
+    ) -> ReceivedUpdate:
+        index = fragment.index
+        async with self._encoding:
+            encoded = await asyncio.to_thread(
+                lambda: codecs.compensate(self._uplink, gather(fragment, outer_gradient), self._residuals.get(index))
+            )
+        push = OutgoingPush(
+            fragment=index, seq=seq, base_bin=base_bin, codec=self._uplink, payload=encoded.payload
+        )
+        update = await self._session.connection_of(index).push(push)
+        if update.refusal is None:
+            self._residuals[index] = encoded.residual
+        return update
+
+    def _next_seq(self, fragment: int) -> int:
+        self._seqs[fragment] = self._seqs.get(fragment, 0) + 1
+        return self._seqs[fragment]
+
+    async def _known_manifest(self) -> Manifest:
+        """The run's manifest, asked for again if another client may have initialized the run meanwhile."""
+        if self._session.manifest is None:
+            await self._session.refresh()
+        return self._session.require_manifest()
+
+
+def _empty_base(manifest: Manifest) -> Base:
+    return Base(tensors=empty_tensors(manifest), bins=dict.fromkeys(range(len(manifest.fragments)), 0))
+
+
+@asynccontextmanager
+async def connect(
+    address: str,
+    *,
+    worker_id: str | None = None,
+    token: str | None = None,
+    tls: TLS | str | Path | bool | None = None,
+    reach_s: float = REACH_S,
+) -> AsyncIterator[Client]:
+    """Connect to a run for as long as the context lasts.
+
+    Args:
+        address: "host:port" of any of its shards.
+        worker_id: Join as this worker, until the context ends; None: observe only.
+        token: The run's token, if it has one.
+        tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
+        reach_s: Seconds to go on trying while the server cannot be reached.
+
+    Yields:
+        The client.
+
+    Raises:
+        UnavailableError: The server could not be reached.
+        UnauthenticatedError: The token or certificate is missing or wrong.
+        ProtocolVersionError: The server speaks another version.
+
+    Example:
+        async with paceline.connect("ps.example.org:7070", worker_id="a") as client:
+            await client.initialize(dict(model.named_parameters()))
+            base = await client.fetch()
+            base = await client.exchange(outer_gradient, base)
+    """
+    session = await open_session(address, Access.of(tls, token), reach_s)
+    try:
+        if worker_id is not None:
+            await session.join(new_worker(worker_id))
+        yield Client(session, is_worker=worker_id is not None)
+    finally:
+        await session.close()

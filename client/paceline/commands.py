@@ -1,0 +1,109 @@
+"""The client's commands that look at a running server: status and export."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import safetensors.torch
+import torch
+from google.protobuf.json_format import MessageToDict
+
+from paceline.client import Client, connect
+from paceline_wire.v1 import admin_pb2
+
+REACH_S = 5.0
+"""Seconds that an operator waits for a server that cannot be reached."""
+
+
+def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the address and the options that every connection needs."""
+    for option in (
+        click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False), help="CA file to verify the server with."),
+        click.option("--tls", is_flag=True, help="Use TLS and verify with the system's authorities."),
+        click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help="The run's token."),
+        click.argument("address"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@connection_options
+@click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
+def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_json: bool) -> None:
+    """One look at the run served at ADDRESS (host:port of any shard)."""
+    shards = asyncio.run(_statuses(address, token, tls_ca or tls))
+    if as_json:
+        click.echo(json.dumps({"shards": [_as_mapping(shard) for shard in shards]}, indent=2))
+        return
+    for shard in shards:
+        click.echo(_shard_text(shard))
+    for member in shards[0].members:
+        click.echo(_member_text(member))
+
+
+@click.command()
+@connection_options
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("as_json", "--json", is_flag=True, help="Print one JSON object about what was written.")
+def export(address: str, token: str | None, tls: bool, tls_ca: str | None, output: Path, as_json: bool) -> None:
+    """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes."""
+    tensors = asyncio.run(_parameters(address, token, tls_ca or tls))
+    safetensors.torch.save_file(tensors, output)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    if as_json:
+        click.echo(json.dumps({"path": str(output), "tensors": len(tensors), "elements": elements}))
+        return
+    click.echo(f"wrote {len(tensors)} tensors with {elements:,} elements to {output}")
+
+
+async def _statuses(address: str, token: str | None, tls: str | bool) -> list[admin_pb2.StatusResponse]:
+    async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
+        return await client.statuses()
+
+
+async def _parameters(address: str, token: str | None, tls: str | bool) -> dict[str, torch.Tensor]:
+    async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
+        base = await client.fetch()
+        return _in_model_dtypes(client, base.tensors)
+
+
+def _in_model_dtypes(client: Client, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    specs = client.manifest.tensors if client.manifest is not None else ()
+    return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
+
+
+def _as_mapping(shard: admin_pb2.StatusResponse) -> dict[str, Any]:
+    # protobuf writes 64-bit numbers as strings; scripts want numbers.
+    mapping = MessageToDict(shard, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {key: _number(value) for key, value in mapping.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [{key: field if key == "worker_id" else _number(field) for key, field in item.items()} for item in value]
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _shard_text(shard: admin_pb2.StatusResponse) -> str:
+    if not shard.initialized:
+        return f"shard {shard.shard_index}: not initialized; the first worker to join gives it its parameters"
+    late = shard.bins_late_total / max(shard.pushes_applied, 1)
+    return (
+        f"shard {shard.shard_index}: {shard.num_fragments} fragments, {shard.num_elements:,} elements, "
+        f"bins {shard.min_bin}-{shard.max_bin}, up {shard.uptime_ms / 1000:.0f} s\n"
+        f"  pushes: {shard.pushes_applied} applied ({late:.2f} bins late on average), "
+        f"{shard.pushes_duplicate} seen again, {shard.pushes_refused} refused\n"
+        f"  bytes: {shard.bytes_received:,} received, {shard.bytes_sent:,} sent"
+    )
+
+
+def _member_text(member: admin_pb2.MemberStatus) -> str:
+    speed = f"{member.inner_step_us / 1000:.1f} ms a step" if member.HasField("inner_step_us") else "speed not known yet"
+    return (
+        f"worker {member.worker_index} {member.worker_id}: {speed}, {member.inner_steps} inner steps a round, "
+        f"{member.pushes_applied} pushes, silent for {member.silent_ms / 1000:.1f} s"
+    )

@@ -1,0 +1,310 @@
+"""One worker's connection to one shard: membership, and pushes that survive lost connections.
+
+A push is handed over once and its update is awaited; in between, the connection joins, opens the exchange stream,
+sends, and when the stream breaks waits a little and begins again with everything that was not answered. The shard
+applies each push once, whatever is sent twice.
+"""
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import torch
+
+from paceline.channels import Access, backoff_s, error_of
+from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import NotAMemberError, PacelineError, UnavailableError
+from paceline_wire.manifest import Manifest
+from paceline_wire.transfer import Assembly, Receiver, payload_message, pieces
+from paceline_wire.v1 import parameter_server_pb2 as pb
+from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
+
+CALL_S = 20.0
+"""Seconds after which a call with one small answer counts as lost and is made again."""
+
+HEARTBEATS_PER_LEASE = 3
+"""A worker stays a member when two heartbeats in a row are lost."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OutgoingPush:
+    """An encoded outer gradient on its way.
+
+    Attributes:
+        fragment: The fragment's index.
+        seq: Counts this incarnation's pushes to the fragment from 1.
+        base_bin: The bin of the newest values that the worker held.
+        codec: How it is written.
+        payload: Its bytes (uint8 [n]); they MUST not change until the update comes.
+    """
+
+    fragment: int
+    seq: int
+    base_bin: int
+    codec: Codec
+    payload: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReceivedUpdate:
+    """The shard's answer to a push.
+
+    Attributes:
+        values: The fragment's newest values, float32 [n].
+        bin: The bin that outer gradients computed from them belong to.
+        bins_late: How late the push was when it was applied.
+        refusal: Why it was not applied; None if it was.
+        inner_steps: Inner steps for the next round.
+        quota: Pushes that share the learning rate.
+        num_bytes: Size of the encoded values.
+    """
+
+    values: torch.Tensor
+    bin: int
+    bins_late: int
+    refusal: str | None
+    inner_steps: int
+    quota: int
+    num_bytes: int
+
+
+@dataclass(eq=False)
+class _Unanswered:
+    push: OutgoingPush
+    update: "asyncio.Future[ReceivedUpdate]"
+
+
+class ShardConnection:
+    """A member's connection to one shard. Belongs to one event loop.
+
+    Args:
+        target: "host:port" of the shard.
+        access: TLS and token.
+        worker: Who this is.
+    """
+
+    def __init__(self, target: str, access: Access, worker: pb.Worker) -> None:
+        self.target = target
+        self.reconnects = 0
+        self.worker_index = 0
+        self.inner_steps = 0
+        self.active_workers = 0
+        self.inner_step_s: float | None = None
+        self._access = access
+        self._worker = worker
+        self._channel = access.channel(target)
+        self._stub = pb_grpc.ParameterServerServiceStub(self._channel)
+        self._unanswered: dict[tuple[int, int], _Unanswered] = {}
+        self._to_send: deque[_Unanswered] = deque()
+        self._has_work = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        # Seeded by the name: two workers never back off in step, and a test can repeat what it saw.
+        self._jitter = random.Random(f"{worker.worker_id}/{target}")  # noqa: S311  # not for secrets
+        self._downlink: Codec | None = None
+        self._manifest: Manifest | None = None
+        self._failure: PacelineError | None = None
+        self._answered_on_stream = False
+        self._lease_s = 30.0
+
+    async def join(self) -> None:
+        """Become a member, and stay one until `close`.
+
+        Raises:
+            PacelineError: The shard refuses, or cannot be reached.
+        """
+        await self._join()
+        self._tasks.append(asyncio.create_task(self._heartbeats()))
+
+    def begin_exchange(self, manifest: Manifest, downlink: Codec) -> None:
+        """Open the exchange stream, and keep one open until `close`."""
+        self._manifest, self._downlink = manifest, downlink
+        self._tasks.append(asyncio.create_task(self._exchange()))
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether begin_exchange was called."""
+        return self._manifest is not None
+
+    async def push(self, push: OutgoingPush) -> ReceivedUpdate:
+        """Send a push until it is answered.
+
+        Raises:
+            PacelineError: The shard refuses this worker for good; lost connections never show.
+        """
+        if self._failure is not None:
+            raise self._failure
+        update = asyncio.get_running_loop().create_future()
+        unanswered = _Unanswered(push, update)
+        self._unanswered[push.fragment, push.seq] = unanswered
+        self._to_send.append(unanswered)
+        self._has_work.set()
+        try:
+            return await update
+        finally:
+            self._unanswered.pop((push.fragment, push.seq), None)
+
+    async def close(self) -> None:
+        """Leave the run and end the connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with suppress(PacelineError):
+            await self._call(lambda: self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata))
+        await self._channel.close()
+
+    async def _join(self) -> None:
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker)
+        answer = await self._call(
+            lambda: self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata)
+        )
+        self.worker_index = answer.worker_index
+        self.inner_steps = answer.inner_steps
+        self.active_workers = answer.active_workers
+        self._lease_s = answer.lease_ms / 1000
+
+    async def _call(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        try:
+            return await call()
+        except grpc.RpcError as error:
+            raise error_of(error, self.target) from error
+
+    async def _heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / HEARTBEATS_PER_LEASE)
+            step_us = None if self.inner_step_s is None else max(1, round(self.inner_step_s * 1e6))
+            request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=step_us)
+            try:
+                answer = await self._call(
+                    lambda request=request: self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata)
+                )
+                self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
+            except NotAMemberError:
+                with suppress(UnavailableError):
+                    await self._join()
+            except PacelineError as error:
+                if not error.retryable:
+                    self._fail(error)
+                    return
+                _log.debug("a heartbeat was lost: %s", error)
+
+    async def _exchange(self) -> None:
+        """Keep a stream open; everything unanswered is sent again on every new one."""
+        delays_s = backoff_s(self._jitter)
+        while True:
+            self._answered_on_stream = False
+            try:
+                if self.reconnects:
+                    await self._join()
+                await self._stream()
+                reason = "the server ended the stream"
+            except PacelineError as error:
+                if not error.retryable:
+                    self._fail(error)
+                    return
+                reason = str(error)
+            if self._answered_on_stream:
+                delays_s = backoff_s(self._jitter)
+            delay_s = next(delays_s)
+            _log.info("the exchange with %s broke off (%s); resuming in %.1f s", self.target, reason, delay_s)
+            await asyncio.sleep(delay_s)
+            self.reconnects += 1
+
+    async def _stream(self) -> None:
+        """Serve one stream until it ends.
+
+        Raises:
+            PacelineError: Why it ended, if not in order.
+        """
+        call = self._stub.Exchange(metadata=self._access.metadata)
+        self._to_send = deque(self._unanswered.values())
+        parts = {asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))}
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        except grpc.RpcError as error:
+            raise error_of(error, self.target) from error
+        except asyncio.InvalidStateError as error:
+            # grpc.aio's writes say so when the stream has ended meanwhile; the status tells why.
+            raise UnavailableError(f"{self.target} ended the stream: {await call.details() or 'no reason given'}") from error
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+            call.cancel()
+
+    async def _send(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
+        if self._downlink is None:
+            raise UnavailableError("the exchange has not begun")
+        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink))
+        await call.write(pb.ExchangeRequest(open=opening))
+        while True:
+            while self._to_send:
+                push = self._to_send.popleft().push
+                announced: pb.Push | None = pb.Push(
+                    fragment=push.fragment,
+                    seq=push.seq,
+                    base_bin=push.base_bin,
+                    payload=payload_message(push.codec, push.payload),
+                )
+                for piece in pieces(push.payload):
+                    await call.write(pb.ExchangeRequest(push=announced, data=piece))
+                    announced = None
+            self._has_work.clear()
+            await self._has_work.wait()
+
+    async def _receive(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
+        receiver, announced = Receiver(), None
+        async for message in call:
+            if message.HasField("update"):
+                announced = message.update
+                receiver.begin(announced.payload, self._num_elements(announced.fragment))
+            assembly = receiver.add(message.data)
+            if assembly is not None and announced is not None:
+                await self._answer(announced, assembly)
+
+    async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
+        """Decode an update beside the loop and hand it to whoever waits; a second answer to one push is dropped."""
+        unanswered = self._unanswered.get((announced.fragment, announced.seq))
+        if unanswered is None or unanswered.update.done():
+            return
+        payload = assembly.payload()
+        num_elements = self._num_elements(announced.fragment)
+        values = await asyncio.to_thread(codecs.decode, assembly.codec, payload, num_elements)
+        self._answered_on_stream = True
+        if unanswered.update.done():
+            return
+        unanswered.update.set_result(
+            ReceivedUpdate(
+                values=values,
+                bin=announced.bin,
+                bins_late=announced.bins_late,
+                refusal=announced.refusal if announced.HasField("refusal") else None,
+                inner_steps=announced.inner_steps,
+                quota=announced.quota,
+                num_bytes=payload.numel(),
+            )
+        )
+
+    def _num_elements(self, fragment: int) -> int:
+        fragments = self._manifest.fragments if self._manifest is not None else ()
+        if fragment >= len(fragments):
+            raise PacelineError(f"{self.target} sent an update for fragment {fragment}, which the run does not have")
+        return fragments[fragment].num_elements
+
+    def _fail(self, error: PacelineError) -> None:
+        """Give up: everything that waits, and every later push, gets this error."""
+        self._failure = error
+        for unanswered in list(self._unanswered.values()):
+            if not unanswered.update.done():
+                unanswered.update.set_exception(error)

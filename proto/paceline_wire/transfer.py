@@ -1,0 +1,115 @@
+"""Payloads in pieces: cutting an encoding into messages and putting it together again, with its checksum."""
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+
+from paceline_wire import codecs
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import CodecError, DamagedPayloadError, InvalidInputError
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+MESSAGE_BYTES = 1024 * 1024
+"""Payload bytes in a message. gRPC streams are fastest at 1-2 MiB: smaller ones cost calls, larger ones copies."""
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""The largest message either side accepts; a guard, since honest messages stay near MESSAGE_BYTES."""
+
+
+def payload_message(codec: Codec, payload: torch.Tensor) -> pb.Payload:
+    """Announce an encoding (uint8 [n]), with its checksum."""
+    return pb.Payload(
+        codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(memoryview(payload.numpy()))
+    )
+
+
+def pieces(payload: torch.Tensor) -> Iterator[bytes]:
+    """The payload (uint8 [n]) in order, in pieces of MESSAGE_BYTES; one empty piece if it is empty."""
+    view = memoryview(payload.numpy())
+    for start in range(0, max(len(view), 1), MESSAGE_BYTES):
+        yield bytes(view[start : start + MESSAGE_BYTES])
+
+
+class Assembly:
+    """One announced payload while its bytes arrive.
+
+    Args:
+        announced: What the peer announced.
+        num_elements: Elements that it must encode.
+
+    Raises:
+        CodecError: The codec is unknown, or the announced size is not the codec's size for num_elements.
+    """
+
+    def __init__(self, announced: pb.Payload, num_elements: int) -> None:
+        self.codec = codecs.codec_of_wire(announced.codec)
+        expected = self.codec.encoded_bytes(num_elements)
+        if announced.num_bytes != expected:
+            raise CodecError(
+                f"a payload of {announced.num_bytes} bytes was announced; "
+                f"{num_elements} elements in {self.codec.name} are {expected} bytes"
+            )
+        self._crc32 = announced.crc32 if announced.HasField("crc32") else None
+        self._buffer = torch.empty(expected, dtype=torch.uint8)
+        self._view = memoryview(self._buffer.numpy())
+        self._filled = 0
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            InvalidInputError: More bytes came than were announced.
+        """
+        end = self._filled + len(data)
+        if end > len(self._view):
+            raise InvalidInputError(f"{end} bytes came for a payload announced with {len(self._view)}")
+        self._view[self._filled : end] = data
+        self._filled = end
+
+    @property
+    def complete(self) -> bool:
+        """Whether all announced bytes have come."""
+        return self._filled == len(self._view)
+
+    def payload(self) -> torch.Tensor:
+        """The whole encoding (uint8 [n]), once complete.
+
+        Raises:
+            DamagedPayloadError: The checksum does not fit.
+        """
+        if self._crc32 is not None and zlib.crc32(self._view) != self._crc32:
+            raise DamagedPayloadError("the payload's CRC-32 is not the announced one: it was damaged on the way")
+        return self._buffer
+
+
+class Receiver:
+    """Payloads as they arrive on one stream, one after the other."""
+
+    def __init__(self) -> None:
+        self._current: Assembly | None = None
+
+    def begin(self, announced: pb.Payload, num_elements: int) -> None:
+        """Expect a new payload.
+
+        Raises:
+            InvalidInputError: The payload before is not complete.
+            CodecError: See Assembly.
+        """
+        if self._current is not None:
+            raise InvalidInputError("a payload was announced before the one before it was complete")
+        self._current = Assembly(announced, num_elements)
+
+    def add(self, data: bytes) -> Assembly | None:
+        """Take the bytes of one message; the payload's assembly once it is complete, else None.
+
+        Raises:
+            InvalidInputError: No payload is expected, or too many bytes came.
+        """
+        if self._current is None:
+            raise InvalidInputError("payload bytes came before any payload was announced")
+        self._current.add(data)
+        if not self._current.complete:
+            return None
+        finished, self._current = self._current, None
+        return finished

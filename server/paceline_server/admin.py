@@ -1,0 +1,54 @@
+"""The operator's face of a shard: its status."""
+
+from typing import Any
+
+import grpc.aio
+
+from paceline_server.engine import Engine
+from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+
+
+class AdminService(admin_pb2_grpc.AdminServiceServicer):
+    """Operations that do not belong to training; see admin.proto.
+
+    Args:
+        engine: The shard in operation.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._started_s = engine.clock()
+
+    async def Status(
+        self, request: admin_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> admin_pb2.StatusResponse:
+        """One look at the shard."""
+        shard, now = self._engine.shard, self._engine.clock()
+        membership, counters = shard.membership, shard.counters
+        bins = [fragment.ledger.issuing_bin for fragment in shard.fragments.values()]
+        return admin_pb2.StatusResponse(
+            shard_index=shard.index,
+            initialized=shard.initialized,
+            num_fragments=len(shard.fragments),
+            num_elements=sum(fragment.plan.num_elements for fragment in shard.fragments.values()),
+            min_bin=min(bins, default=0),
+            max_bin=max(bins, default=0),
+            pushes_applied=counters.pushes_applied,
+            pushes_duplicate=counters.pushes_duplicate,
+            pushes_refused=counters.pushes_refused,
+            bytes_received=counters.bytes_received,
+            bytes_sent=counters.bytes_sent,
+            bins_late_total=counters.bins_late_total,
+            uptime_ms=round((now - self._started_s) * 1000),
+            members=[
+                admin_pb2.MemberStatus(
+                    worker_id=member.worker,
+                    worker_index=member.index,
+                    inner_step_us=None if member.inner_step_s is None else round(member.inner_step_s * 1e6),
+                    inner_steps=membership.inner_steps(member.worker),
+                    pushes_applied=shard.pushes_by_worker.get(member.worker, 0),
+                    silent_ms=round(max(now - member.seen_s, 0.0) * 1000),
+                )
+                for member in membership.members
+            ],
+        )

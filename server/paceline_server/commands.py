@@ -1,0 +1,69 @@
+"""The server's commands: serve."""
+
+import json
+import threading
+import signal
+import sys
+
+import click
+import uvloop
+
+from paceline_server.config import ServerConfig
+from paceline_server.options import server_config_options
+from paceline_server.processes import ShardProcesses
+from paceline_server.server import ShardServer
+from paceline_server.shard_process import shard_addresses, stop_signal
+
+
+@click.command()
+@server_config_options
+@click.option("as_json", "--json", is_flag=True, help="Announce the address as one JSON object on stdout.")
+def serve(config: ServerConfig, as_json: bool) -> None:
+    """Serve one run until SIGTERM or Ctrl-C.
+
+    With --shards N, N processes listen on N ports in a row; clients find them all from any one.
+    """
+    if config.shards == 1:
+        uvloop.run(_serve_here(config, as_json))
+    else:
+        sys.exit(_serve_in_processes(config, as_json))
+
+
+async def _serve_here(config: ServerConfig, as_json: bool) -> None:
+    stopping = stop_signal()
+    server = ShardServer(config, index=0)
+    port = server.bind()
+    await server.start(shard_addresses(config, [port]))
+    _announce(config, [port], as_json)
+    await stopping.wait()
+    await server.drain()
+
+
+def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
+    """Serve with a process a shard; the exit code."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    shards = ShardProcesses(config)
+    shards.start()
+    _announce(config, shards.ports, as_json)
+    watchers = [threading.Thread(target=lambda p=process: (p.wait(), stopping.set()), daemon=True) for process in shards.processes]
+    for watcher in watchers:
+        watcher.start()
+    stopping.wait()
+    ended_early = [index for index, process in enumerate(shards.processes) if process.poll() is not None]
+    code = shards.stop()
+    if ended_early:
+        click.echo(f"Error: shard {ended_early[0]} ended by itself with code {code}; the others were stopped", err=True)
+        return code or 1
+    return code
+
+
+def _announce(config: ServerConfig, ports: list[int], as_json: bool) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    addresses = [f"{host}:{port}" for port in ports]
+    if as_json:
+        click.echo(json.dumps({"event": "listening", "address": addresses[0], "shards": addresses, "durable": False}))
+        return
+    click.echo(f"serving on {', '.join(addresses)}; the state is held in memory and ends with this process")
+    click.echo(f"workers join with: paceline.join({addresses[0]!r}, model, optimizer)")

@@ -1,0 +1,248 @@
+"""The configuration of a run: one frozen model, whose descriptions are also the flags' help and docs/configuration.md.
+
+Nothing here reads the command line or the environment; `paceline_server.settings` builds a `ServerConfig` from them and
+turns what is wrong into sentences. A relation between two fields is checked at the later one, so that the sentence
+names a field and every problem is found at once.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
+from paceline_server.config_security import SecurityConfig
+
+OUTER_RULES = ("ormo", "sgd")
+"""Names accepted as `outer.rule`."""
+
+BLOCK_ELEMENTS = 256
+"""Fragments are cut at multiples of the codecs' block (paceline_wire.codecs.base, which would import torch here)."""
+
+MAX_FRAGMENT_ELEMENTS = 1 << 24
+"""64 MiB as float32: a fragment is held whole several times over while it is received, applied and sent."""
+
+MAX_COUNT = (1 << 32) - 1
+"""Counts travel as uint32."""
+
+MAX_LEASE_S = 7 * 24 * 3600.0
+"""A week. Leases travel as uint32 milliseconds, which end at seven of them."""
+
+
+class OuterConfig(Section):
+    """How pushes become parameters."""
+
+    rule: str = Field(
+        default="ormo",
+        description="Outer rule: ormo (ordered momentum) or sgd (the same with momentum 0).",
+    )
+    lr: float = Field(
+        default=0.7,
+        gt=0,
+        allow_inf_nan=False,
+        description="Outer learning rate of the mean outer gradient of a full bin; each push enters with lr / quota.",
+    )
+    momentum: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Momentum coefficient of the outer rule.",
+    )
+    publish: Literal["polyak", "look-ahead"] | None = Field(
+        default=None,
+        description="What workers are sent: the parameters as they stand (polyak), or a step ahead along the momentum "
+        "(look-ahead, Nesterov). Left out: polyak under the async schedule, look-ahead under barrier and quorum.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sgd_defaults_to_no_momentum(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("rule") == "sgd":
+            return {"momentum": 0.0, **data}
+        return data
+
+    @field_validator("rule")
+    @classmethod
+    def _rule_is_known(cls, rule: str) -> str:
+        if rule not in OUTER_RULES:
+            raise ValueError(f"this version has no such outer rule; the valid ones are {' and '.join(OUTER_RULES)}")
+        return rule
+
+    @field_validator("momentum")
+    @classmethod
+    def _sgd_takes_no_momentum(cls, momentum: float, info: ValidationInfo) -> float:
+        if momentum and info.data.get("rule") == "sgd":
+            raise ValueError("the rule sgd has no momentum; leave outer.momentum out, or choose the rule ormo")
+        return momentum
+
+
+class ScheduleConfig(Section):
+    """When bins close and when workers are answered."""
+
+    kind: Literal["async", "quorum", "barrier"] = Field(
+        default="async",
+        description="async answers every push at once; quorum answers when enough workers have contributed and a grace "
+        "window has passed; barrier answers when all active workers have.",
+    )
+    quota: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="Pushes in a bin. Left out: as many as there are active workers when the bin begins.",
+    )
+    quorum: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        validate_default=True,
+        description="Contributions that let a bin close; needed with the quorum schedule, and only there.",
+    )
+    lease_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=MAX_LEASE_S,
+        allow_inf_nan=False,
+        description="Longest silence, in seconds, before a worker stops counting as active.",
+    )
+
+    @field_validator("quorum")
+    @classmethod
+    def _quorum_fits(cls, quorum: int | None, info: ValidationInfo) -> int | None:
+        kind, quota = info.data.get("kind"), info.data.get("quota")
+        if kind == "quorum" and quorum is None:
+            raise ValueError("is needed with schedule.kind = 'quorum'")
+        if quorum is not None and kind not in ("quorum", None):
+            raise ValueError(f"has a meaning only with schedule.kind = 'quorum', which is {kind!r}; leave it out")
+        if quorum is not None and quota is not None and quorum > quota:
+            raise ValueError(f"should not be larger than schedule.quota, which is {quota}")
+        return quorum
+
+
+class ExchangeConfig(Section):
+    """How workers exchange with the server, unless their own arguments say otherwise."""
+
+    uplink: Literal["fp32", "bf16", "int8", "int4", "fp4"] = Field(
+        default="int4",
+        description="Codec of pushes, worker to server.",
+    )
+    downlink: Literal["fp32", "bf16"] = Field(default="bf16", description="Codec of updates, server to worker.")
+    fragment_elements: int = Field(
+        default=4_194_304,
+        ge=BLOCK_ELEMENTS,
+        le=MAX_FRAGMENT_ELEMENTS,
+        multiple_of=BLOCK_ELEMENTS,
+        description="Largest number of elements in a fragment, the unit of exchange. Fixed once a run is initialized.",
+    )
+    inner_steps: int = Field(
+        default=50,
+        ge=1,
+        le=MAX_COUNT,
+        description="Optimizer steps of the fastest worker between two exchanges (H).",
+    )
+    dynamic_inner_steps: bool = Field(
+        default=True,
+        description="Give slower workers fewer inner steps, in proportion to their speed.",
+    )
+    own_weight: Literal["1/M", "1", "local"] = Field(
+        default="1",
+        description="How a worker estimates what its pushes in flight will do: with their share among M workers (1/M), "
+        "as if they stood for everybody's (1), or by going on from where it is (local).",
+    )
+    window: int = Field(default=1, ge=1, le=8, description="Rounds that a worker may have in flight before it waits.")
+
+    @field_validator("downlink", mode="before")
+    @classmethod
+    def _downlink_is_not_quantized(cls, downlink: object) -> object:
+        if downlink in ("int8", "int4"):
+            raise ValueError("quantized downlinks need delta updates, which this version does not have; use bf16")
+        return downlink
+
+    @field_validator("own_weight", mode="before")
+    @classmethod
+    def _own_weight_may_be_a_number(cls, own_weight: object) -> object:
+        return "1" if type(own_weight) is int and own_weight == 1 else own_weight
+
+
+class StorageConfig(Section):
+    """Where the run's state is kept."""
+
+    data_dir: Path | None = Field(
+        default=None,
+        description="Directory of the journal and the snapshots. This version holds the state in memory and refuses a "
+        "value.",
+    )
+    sync: Literal["commit", "interval", "never"] = Field(
+        default="commit",
+        description="When the journal is forced to disk. Without effect while the state is held in memory.",
+    )
+
+    @field_validator("data_dir")
+    @classmethod
+    def _state_is_in_memory(cls, data_dir: Path | None) -> Path | None:
+        if data_dir is not None:
+            raise ValueError("this version has no durable storage: the state is held in memory; leave it out")
+        return data_dir
+
+
+class ServerConfig(Section):
+    """The server processes and where they are found."""
+
+    listen: str = Field(
+        default="127.0.0.1:7070",
+        description="host:port to listen on, such as 0.0.0.0:7070 or [::1]:7070; port 0 takes any free one.",
+    )
+    shards: int = Field(
+        default=1,
+        ge=1,
+        description="Server processes among which the fragments are divided; each listens one port above the one "
+        "before.",
+    )
+    advertise_host: str = Field(
+        default="",
+        description="Host that clients are told for the other shards. Empty: the host at which they reached this one.",
+    )
+    outer: OuterConfig = Field(default_factory=OuterConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
+    storage: StorageConfig = Field(default_factory=StorageConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_an_address(cls, listen: str) -> str:
+        split_address(listen)
+        return listen
+
+    @field_validator("shards")
+    @classmethod
+    def _shards_have_ports(cls, shards: int, info: ValidationInfo) -> int:
+        port = split_address(info.data["listen"])[1] if "listen" in info.data else 0
+        if port and port + shards - 1 > MAX_PORT:
+            raise ValueError(f"should leave a port for each shard: there are {MAX_PORT - port + 1} from {port} on")
+        return shards
+
+    @field_validator("advertise_host")
+    @classmethod
+    def _advertised_host_is_a_host(cls, host: str) -> str:
+        if host:
+            check_host(host)
+        return host
+
+    @property
+    def host(self) -> str:
+        """The host to listen on, without brackets."""
+        return split_address(self.listen)[0]
+
+    @property
+    def port(self) -> int:
+        """The TCP port to listen on; 0: any free one."""
+        return split_address(self.listen)[1]
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether workers are sent the look-ahead (Nesterov) rather than the parameters as they stand (Polyak)."""
+        if self.outer.publish is None:
+            return self.schedule.kind != "async"
+        return self.outer.publish == "look-ahead"

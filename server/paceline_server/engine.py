@@ -1,0 +1,255 @@
+"""Carries out a shard's decisions: one event at a time per fragment, numbers in threads beside the event loop.
+
+The way of a push: its payload is checked, the shard decides, the journal keeps the decision, a thread changes the
+numbers and encodes the answers, and then whoever waits is answered. Fragments are independent, so while one is
+received another is applied and another is sent. An event that has begun is never cancelled: a worker that hangs up
+halfway leaves nothing half done.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from paceline_server.fragment import FragmentValues
+from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
+from paceline_server.ledger import Answer, Decision, Ledger, PushRequest
+from paceline_server.shard import Shard
+from paceline_wire import codecs
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import CodecError
+from paceline_wire.manifest import Manifest
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedPush:
+    """A push that has arrived whole.
+
+    Attributes:
+        fragment: The fragment's index.
+        request: Who pushes what.
+        codec: How it is written.
+        payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
+    """
+
+    fragment: int
+    request: PushRequest
+    codec: Codec
+    payload: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A fragment's values at one moment.
+
+    Attributes:
+        bin: The bin that gradients computed from them belong to.
+        payload: The values in the codec asked for (uint8 [m]).
+    """
+
+    bin: int
+    payload: torch.Tensor
+
+
+class Recipient(Protocol):
+    """Where a worker's answers go: its open stream."""
+
+    @property
+    def downlink(self) -> Codec:
+        """How its updates are to be written."""
+
+    def deliver(self, fragment: int, answer: Answer, payload: torch.Tensor) -> None:
+        """Queue an answer with the fragment's values; does nothing once the stream has ended."""
+
+
+class Engine:
+    """A shard in operation.
+
+    Args:
+        shard: Its state.
+        journal: Where decisions are kept before anybody is told.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, shard: Shard, journal: Journal, clock: Clock = time.monotonic) -> None:
+        self.shard = shard
+        self.clock = clock
+        self._journal = journal
+        self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
+        self._locks: dict[int, asyncio.Lock] = {}
+        self._initializing = asyncio.Lock()
+        self._recipients: dict[tuple[str, int], Recipient] = {}
+        self._events: set[asyncio.Task[Any]] = set()
+        self._roster_changed = asyncio.Event()
+
+    @property
+    def initializing(self) -> asyncio.Lock:
+        """Held during an upload of first parameters, so that uploads do not mix."""
+        return self._initializing
+
+    async def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
+        """Take the manifest of a first upload; False if the parameters are here already.
+
+        Raises:
+            ManifestMismatchError: The run has another manifest.
+        """
+        if not self.shard.begin_initialization(manifest, initialization_id):
+            return False
+        self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
+        await self._journal.append(Initialized(manifest=manifest, initialization_id=initialization_id))
+        return True
+
+    async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
+        """Take a fragment's first parameters.
+
+        Raises:
+            CodecError: They are not finite.
+        """
+        num_elements = self.shard.plan_of(index).num_elements
+        values = await self._in_thread(lambda: codecs.decode(codec, payload, num_elements))
+        await self._journal.append(FragmentInitialized(fragment=index, payload=payload))
+        self.shard.initialize_fragment(index, values)
+
+    def submit(self, push: ReceivedPush, recipient: Recipient) -> "asyncio.Task[None]":
+        """Begin to process a push; its answer goes to the recipient when its schedule says so.
+
+        The task ends when the push is decided and applied. It must not be cancelled.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+        """
+        self.shard.hosted(push.fragment)
+        self._recipients[push.request.worker, push.fragment] = recipient
+        return self._event(self._push(push))
+
+    async def snapshot(self, index: int, codec: Codec) -> Snapshot:
+        """A fragment's current values.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+            InvalidInputError: The fragment does not live here.
+        """
+        fragment, values = self.shard.hosted(index)
+        async with self._locks[index]:
+            payload = await self._in_thread(lambda: values.encoded(codec))
+            return Snapshot(bin=fragment.ledger.issuing_bin, payload=payload)
+
+    def forget(self, recipient: Recipient) -> None:
+        """Send nothing more to a recipient whose stream has ended."""
+        for key in [key for key, value in self._recipients.items() if value is recipient]:
+            del self._recipients[key]
+
+    def roster_changed(self) -> None:
+        """Look again which bins close: a worker joined or left."""
+        self._roster_changed.set()
+
+    async def watch_time(self) -> None:
+        """Do what time alone makes due (leases, grace windows); runs until cancelled."""
+        while True:
+            for sentence in self.shard.membership.expire(self.clock()):
+                _log.info("%s", sentence)
+            for index in list(self._locks):
+                await asyncio.shield(self._event(self._close_if_due(index)))
+            next_s = self.shard.next_event_s()
+            wait_s = None if next_s is None else max(next_s - self.clock(), 0.0)
+            try:
+                await asyncio.wait_for(self._roster_changed.wait(), wait_s)
+            except TimeoutError:
+                continue
+            self._roster_changed.clear()
+
+    async def finish(self) -> None:
+        """Wait for the events that have begun, and end the journal and the threads."""
+        while self._events:
+            await asyncio.wait(self._events)
+        await self._journal.close()
+        self._threads.shutdown()
+
+    async def _push(self, push: ReceivedPush) -> None:
+        async with self._locks[push.fragment]:
+            request = await self._with_problem(push)
+            decision, ledger = self.shard.decide_push(self.clock(), push.fragment, request)
+            if request.problem is not None:
+                _log.warning(
+                    "refused push %d of worker %s to fragment %d: %s",
+                    request.seq,
+                    request.worker,
+                    push.fragment,
+                    request.problem,
+                )
+            await self._carry_out(push.fragment, decision, ledger, push)
+            if self.shard.schedule.quorum is not None:
+                self._roster_changed.set()
+
+    async def _with_problem(self, push: ReceivedPush) -> PushRequest:
+        """The request, with the reason why its content cannot be applied, if there is one."""
+        num_elements = self.shard.plan_of(push.fragment).num_elements
+        try:
+            await self._in_thread(lambda: push.codec.check(push.payload, num_elements))
+        except CodecError as error:
+            request = push.request
+            return PushRequest(
+                worker=request.worker,
+                incarnation=request.incarnation,
+                seq=request.seq,
+                base_bin=request.base_bin,
+                problem=f"the outer gradient of fragment {push.fragment} cannot be applied: {error}",
+            )
+        return push.request
+
+    async def _close_if_due(self, index: int) -> None:
+        async with self._locks[index]:
+            decided = self.shard.decide_close(self.clock(), index)
+            if decided is not None:
+                _log.debug("fragment %d: %s", index, decided[0].reason)
+                await self._carry_out(index, *decided, None)
+
+    async def _carry_out(self, index: int, decision: Decision, ledger: Ledger, push: ReceivedPush | None) -> None:
+        """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
+        _, values = self.shard.hosted(index)
+        recipients = [(answer, self._recipients.get((answer.worker, index))) for answer in decision.answers]
+        downlinks = {recipient.downlink for _, recipient in recipients if recipient is not None}
+        contributing = push if decision.contribution is not None else None
+        record = Decided(
+            fragment=index,
+            decision=decision,
+            ledger=ledger,
+            codec=contributing.codec.name if contributing is not None else None,
+            payload=contributing.payload if contributing is not None else None,
+        )
+        await self._journal.append(record)
+        encoded = await self._in_thread(lambda: _follow_and_encode(values, decision, contributing, downlinks))
+        self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+        for answer, recipient in recipients:
+            if recipient is not None:
+                recipient.deliver(index, answer, encoded[recipient.downlink])
+
+    def _event(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._events.add(task)
+        task.add_done_callback(self._events.discard)
+        return task
+
+    async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _follow_and_encode(
+    values: FragmentValues, decision: Decision, push: ReceivedPush | None, downlinks: set[Codec]
+) -> dict[Codec, torch.Tensor]:
+    """Change the numbers as decided, then write them in every codec that is asked for."""
+    if push is None:
+        values.follow(decision)
+    else:
+        values.follow(decision, push.codec, push.payload)
+    return {codec: values.encoded(codec) for codec in downlinks}

@@ -1,0 +1,370 @@
+"""The bookkeeping of one fragment: which bin is open, whose pushes are in, who waits, who was answered what.
+
+Pure and immutable: `decide_push` and `decide_close` take the time, a ledger and a request, and return a decision with
+its reason and the ledger that follows. Nothing changes until the caller keeps that ledger, so a decision can be written
+to a journal first. No numbers of the model are here; see fragment.py for those.
+
+Rules:
+
+1. A push belongs to the bin of the newest values its worker held (its base bin). Bins are never reopened: a push whose
+   bin has passed enters with the coefficients of a late one.
+2. `issuing_bin` is the bin that answers name; `open_bin` is the bin the numbers are in. The numbers follow lazily: the
+   next arrival opens what is missing, before it is applied (Polyak), or the close opens it before the answers are
+   written (look-ahead, Nesterov).
+3. Asynchronous: every push is answered at once. When `quota` answers have named a bin, the next answer starts the next
+   bin. With a constant number of workers this is exactly OrMo's ceil(t / K).
+4. Barrier and quorum: a push of the issuing bin waits until the bin closes; all that wait are then answered with the
+   next bin. A late push is answered at once.
+5. (worker, incarnation, seq) is decided once. Seen again, it is answered again, or goes on waiting.
+6. A refused push counts as its worker's contribution, so that nobody waits for a worker whose numbers went bad.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from paceline_server.outer import Contribution
+from paceline_wire.errors import InvalidInputError
+
+GRACE_SHARE = 0.25
+"""A quorum waits for the others for this share of the time that recent bins took to reach their quorum."""
+
+_QUORUM_TIME_MEMORY = 0.8
+"""Weight of the past in the running mean of the time to quorum: about the last five bins count."""
+
+
+class ScheduleKind(Enum):
+    """When bins close and when workers are answered."""
+
+    ASYNC = "async"
+    QUORUM = "quorum"
+    BARRIER = "barrier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The schedule's settings.
+
+    Attributes:
+        kind: Which schedule.
+        quota: Pushes in a bin; None: the workers active when the bin begins.
+        quorum: Contributions that let a bin close under ScheduleKind.QUORUM.
+        look_ahead: Whether the next bin opens before the answers that first name it (Nesterov) or after (Polyak).
+    """
+
+    kind: ScheduleKind
+    quota: int | None = None
+    quorum: int | None = None
+    look_ahead: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roster:
+    """Who counts at this moment.
+
+    Attributes:
+        active: Names of the active workers.
+        most_active: The most workers that were ever active at once.
+    """
+
+    active: frozenset[str]
+    most_active: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushRequest:
+    """One push, without its numbers.
+
+    Attributes:
+        worker: Who pushes.
+        incarnation: The worker's incarnation.
+        seq: Counts the incarnation's pushes to this fragment from 1.
+        base_bin: The bin that the worker's newest values named.
+        problem: Why its content cannot be applied, in a sentence; None if it can.
+    """
+
+    worker: str
+    incarnation: int
+    seq: int
+    base_bin: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a worker is told about one push.
+
+    Attributes:
+        worker: Who is answered.
+        incarnation: The incarnation that pushed.
+        seq: The push.
+        bin: The bin that gradients computed from the answer's values belong to.
+        bins_late: How late the push was when it was applied.
+        refusal: Why it was not applied; None if it was.
+    """
+
+    worker: str
+    incarnation: int
+    seq: int
+    bin: int
+    bins_late: int = 0
+    refusal: str | None = None
+
+
+class Outcome(Enum):
+    """What an event did to the fragment."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+    DUPLICATE = "duplicate"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to a fragment because of one event; the numbers follow it in this order.
+
+    Attributes:
+        outcome: What the event did.
+        bins_opened_before: Bins to open first.
+        contribution: How the push enters then; None if none does.
+        bins_opened_after: Bins to open after it.
+        answers: Who is to be answered then, with the values as they are after all of that.
+        reason: Why, in a sentence.
+    """
+
+    outcome: Outcome
+    bins_opened_before: int = 0
+    contribution: Contribution | None = None
+    bins_opened_after: int = 0
+    answers: tuple[Answer, ...] = ()
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The state of one fragment's bookkeeping.
+
+    Attributes:
+        open_bin: The bin that the numbers are in (c).
+        issuing_bin: The bin that answers name; open_bin or the next.
+        labels_left: Answers that may still name issuing_bin before the next bin starts (asynchronous).
+        quota: Pushes that share the learning rate in issuing_bin; None before the first push.
+        contributors: Workers whose pushes of issuing_bin are in (barrier, quorum).
+        waiting: Their answers, in order of seq, to be completed and sent when the bin closes.
+        answered: Each worker's last answer.
+        bin_began_s: When issuing_bin got its first push.
+        quorum_s: When issuing_bin reached its quorum.
+        time_to_quorum_s: Running mean of the seconds from a bin's first push to its quorum.
+    """
+
+    open_bin: int = 0
+    issuing_bin: int = 0
+    labels_left: int = 0
+    quota: int | None = None
+    contributors: frozenset[str] = frozenset()
+    waiting: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
+    answered: Mapping[str, Answer] = field(default_factory=dict)
+    bin_began_s: float | None = None
+    quorum_s: float | None = None
+    time_to_quorum_s: float | None = None
+
+
+def decide_push(
+    schedule: Schedule, ledger: Ledger, now: float, roster: Roster, push: PushRequest
+) -> tuple[Decision, Ledger]:
+    """Decide about a push that has arrived whole.
+
+    Raises:
+        InvalidInputError: Its seq is not the next one; nothing was decided.
+    """
+    seen = _seen_before(ledger, push)
+    if seen is not None:
+        return seen, ledger
+    if push.base_bin > ledger.issuing_bin and push.problem is None:
+        problem = f"its base bin {push.base_bin} has not begun; the newest is {ledger.issuing_bin}"
+        push = replace(push, problem=problem)
+    if push.problem is not None:
+        return _settle(schedule, ledger, now, roster, push, contribution=None)
+    quota = ledger.quota or _quota(schedule, roster)
+    contribution = Contribution(bins_late=ledger.issuing_bin - push.base_bin, share=1 / quota)
+    return _settle(schedule, replace(ledger, quota=quota), now, roster, push, contribution=contribution)
+
+
+def decide_close(
+    schedule: Schedule, ledger: Ledger, now: float, roster: Roster
+) -> tuple[Decision, Ledger] | None:
+    """Close the issuing bin if time or a change of membership has made that due; None if it has not."""
+    reason = _close_reason(schedule, ledger, now, roster)
+    if reason is None:
+        return None
+    decision = Decision(
+        outcome=Outcome.CLOSED, bins_opened_before=ledger.issuing_bin - ledger.open_bin, reason=reason
+    )
+    return _close(schedule, replace(ledger, open_bin=ledger.issuing_bin), now, roster, decision)
+
+
+def next_close_s(schedule: Schedule, ledger: Ledger) -> float | None:
+    """When decide_close may find the bin due without any further event; None if only an event can make it so."""
+    if schedule.kind is not ScheduleKind.QUORUM or ledger.quorum_s is None:
+        return None
+    return ledger.quorum_s + _grace_s(ledger)
+
+
+def _seen_before(ledger: Ledger, push: PushRequest) -> Decision | None:
+    """The decision about a push that was decided before; None if this is the worker's next one."""
+    answered = ledger.answered.get(push.worker)
+    if answered is not None and answered.incarnation == push.incarnation and push.seq <= answered.seq:
+        return Decision(
+            outcome=Outcome.DUPLICATE,
+            answers=(replace(answered, seq=push.seq),),
+            reason=f"push {push.seq} is in already; answered again",
+        )
+    waiting = ledger.waiting.get(push.worker, ())
+    decided = [a.seq for a in (answered, *waiting) if a is not None and a.incarnation == push.incarnation]
+    newest = max(decided, default=0)
+    if push.seq <= newest:
+        reason = f"push {push.seq} is in already and waits for its bin to close"
+        return Decision(outcome=Outcome.DUPLICATE, reason=reason)
+    if push.seq != newest + 1:
+        raise InvalidInputError(
+            f"push {push.seq} of worker {push.worker!r} came where push {newest + 1} was due; send them in order"
+        )
+    return None
+
+
+def _settle(
+    schedule: Schedule,
+    ledger: Ledger,
+    now: float,
+    roster: Roster,
+    push: PushRequest,
+    *,
+    contribution: Contribution | None,
+) -> tuple[Decision, Ledger]:
+    """Decide when the push is answered, and what its bin does."""
+    answer = Answer(
+        worker=push.worker,
+        incarnation=push.incarnation,
+        seq=push.seq,
+        bin=ledger.issuing_bin,
+        bins_late=contribution.bins_late if contribution is not None else 0,
+        refusal=push.problem,
+    )
+    decision = Decision(
+        outcome=Outcome.REFUSED if contribution is None else Outcome.APPLIED,
+        bins_opened_before=0 if contribution is None else ledger.issuing_bin - ledger.open_bin,
+        contribution=contribution,
+        reason=push.problem or "",
+    )
+    if contribution is not None:
+        ledger = replace(ledger, open_bin=ledger.issuing_bin)
+    if schedule.kind is ScheduleKind.ASYNC:
+        return _answer_at_once(schedule, ledger, roster, decision, answer)
+    if answer.bins_late > 0:
+        late = f"{answer.bins_late} bins late; applied in its own bin and answered at once"
+        return replace(decision, answers=(answer,), reason=late), _with_answers(ledger, (answer,))
+    ledger = _contribute(schedule, ledger, now, answer)
+    reason = _close_reason(schedule, ledger, now, roster)
+    if reason is None:
+        return replace(decision, reason=push.problem or f"waits for bin {ledger.issuing_bin} to close"), ledger
+    if contribution is None:
+        decision = replace(decision, bins_opened_before=ledger.issuing_bin - ledger.open_bin)
+        ledger = replace(ledger, open_bin=ledger.issuing_bin)
+    return _close(schedule, ledger, now, roster, replace(decision, reason=push.problem or reason))
+
+
+def _answer_at_once(
+    schedule: Schedule, ledger: Ledger, roster: Roster, decision: Decision, answer: Answer
+) -> tuple[Decision, Ledger]:
+    """Give the answer a label of the issuing bin, starting the next bin if this one's labels are used up."""
+    opened_after = 0
+    if ledger.labels_left == 0:
+        quota = _quota(schedule, roster)
+        issuing = ledger.issuing_bin + 1
+        opened_after = issuing - ledger.open_bin if schedule.look_ahead else 0
+        ledger = replace(
+            ledger,
+            issuing_bin=issuing,
+            labels_left=quota,
+            quota=quota,
+            open_bin=ledger.open_bin + opened_after,
+        )
+    ledger = replace(ledger, labels_left=ledger.labels_left - 1)
+    answer = replace(answer, bin=ledger.issuing_bin)
+    decision = replace(
+        decision,
+        bins_opened_after=opened_after,
+        answers=(answer,),
+        reason=decision.reason or f"{answer.bins_late} bins late; answered at once with bin {answer.bin}",
+    )
+    return decision, _with_answers(ledger, (answer,))
+
+
+def _contribute(schedule: Schedule, ledger: Ledger, now: float, answer: Answer) -> Ledger:
+    """Count a push of the issuing bin."""
+    contributors = ledger.contributors | {answer.worker}
+    began = ledger.bin_began_s if ledger.bin_began_s is not None else now
+    quorum_s, mean = ledger.quorum_s, ledger.time_to_quorum_s
+    if quorum_s is None and schedule.quorum is not None and len(contributors) >= schedule.quorum:
+        quorum_s = now
+        took = now - began
+        mean = took if mean is None else _QUORUM_TIME_MEMORY * mean + (1 - _QUORUM_TIME_MEMORY) * took
+    return replace(
+        ledger,
+        contributors=contributors,
+        waiting={**ledger.waiting, answer.worker: (*ledger.waiting.get(answer.worker, ()), answer)},
+        bin_began_s=began,
+        quorum_s=quorum_s,
+        time_to_quorum_s=mean,
+    )
+
+
+def _close_reason(schedule: Schedule, ledger: Ledger, now: float, roster: Roster) -> str | None:
+    """Why the issuing bin closes now, or None if it does not."""
+    if schedule.kind is ScheduleKind.ASYNC or not ledger.contributors:
+        return None
+    count = len(ledger.contributors)
+    if schedule.quota is not None and count >= schedule.quota:
+        return f"bin {ledger.issuing_bin} has its quota of {schedule.quota} pushes"
+    assembled = schedule.quota is None or roster.most_active >= schedule.quota
+    if assembled and roster.active <= ledger.contributors:
+        return f"all {len(roster.active)} active workers have contributed to bin {ledger.issuing_bin}"
+    if schedule.kind is ScheduleKind.QUORUM and ledger.quorum_s is not None:
+        grace_s = _grace_s(ledger)
+        if now >= ledger.quorum_s + grace_s:
+            return f"bin {ledger.issuing_bin} has a quorum of {count} and {grace_s:.3f} s of grace have passed"
+    return None
+
+
+def _close(
+    schedule: Schedule, ledger: Ledger, now: float, roster: Roster, decision: Decision
+) -> tuple[Decision, Ledger]:
+    """Close the issuing bin and answer all that wait with the next one."""
+    issuing = ledger.issuing_bin + 1
+    answers = tuple(replace(answer, bin=issuing) for pending in ledger.waiting.values() for answer in pending)
+    ledger = _with_answers(ledger, answers)
+    opened_after = issuing - ledger.open_bin if schedule.look_ahead else 0
+    ledger = replace(
+        ledger,
+        issuing_bin=issuing,
+        open_bin=ledger.open_bin + opened_after,
+        quota=_quota(schedule, roster),
+        contributors=frozenset(),
+        waiting={},
+        bin_began_s=None,
+        quorum_s=None,
+    )
+    return replace(decision, bins_opened_after=opened_after, answers=answers), ledger
+
+
+def _with_answers(ledger: Ledger, answers: tuple[Answer, ...]) -> Ledger:
+    return replace(ledger, answered={**ledger.answered, **{answer.worker: answer for answer in answers}})
+
+
+def _grace_s(ledger: Ledger) -> float:
+    return GRACE_SHARE * (ledger.time_to_quorum_s or 0.0)
+
+
+def _quota(schedule: Schedule, roster: Roster) -> int:
+    return schedule.quota or max(1, len(roster.active))

@@ -1,0 +1,120 @@
+"""Starts and stops the processes of a run's shards, and the embedded server for tests and notebooks."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from paceline_server.config import ServerConfig
+from paceline_server.settings import config_from_mapping
+from paceline_wire.errors import ConfigurationError, UnavailableError
+
+STOP_S = 15.0
+"""Seconds that a shard gets to finish before it is killed: longer than it takes to drain its streams."""
+
+
+class ShardProcesses:
+    """The processes of all shards of a run on this host.
+
+    Args:
+        config: The run's configuration.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.processes: list[subprocess.Popen[str]] = []
+        self.ports: list[int] = []
+
+    def start(self) -> None:
+        """Start all shards; returns when all of them serve.
+
+        Raises:
+            ConfigurationError: A shard refused the configuration; the text is its own.
+            UnavailableError: A shard ended before it served.
+        """
+        try:
+            mapping = _with_secrets(self._config)
+            for index in range(self._config.shards):
+                self.processes.append(_started())
+                _tell(self.processes[index], {"config": mapping, "index": index})
+            self.ports = [int(_next_line(process)["port"]) for process in self.processes]
+            for process in self.processes:
+                _tell(process, {"ports": self.ports})
+            for process in self.processes:
+                _next_line(process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> int:
+        """Let every shard finish and wait for it; the highest exit code."""
+        for process in self.processes:
+            process.terminate()
+        return max((_ended(process) for process in self.processes), default=0)
+
+
+@contextmanager
+def local(config: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """An embedded server for tests and notebooks: processes of its own on free loopback ports.
+
+    Args:
+        config: A mapping of the same form as the configuration file; `listen` is a free loopback port unless given.
+
+    Yields:
+        The address of the first shard, "127.0.0.1:port"; clients find the others from it.
+
+    Raises:
+        ConfigurationError: The configuration is wrong.
+
+    Example:
+        with paceline_server.local({"schedule": {"kind": "barrier"}}) as address:
+            ...
+    """
+    shards = ShardProcesses(config_from_mapping({"listen": "127.0.0.1:0", **(config or {})}))
+    shards.start()
+    try:
+        yield f"127.0.0.1:{shards.ports[0]}"
+    finally:
+        shards.stop()
+
+
+def _with_secrets(config: ServerConfig) -> dict[str, Any]:
+    """The configuration as config_from_mapping takes it; a plain dump would mask the tokens."""
+    mapping = config.model_dump(mode="json", exclude_none=True)
+    mapping["security"]["tokens"] = [token.get_secret_value() for token in config.security.tokens]
+    return mapping
+
+
+def _started() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "paceline_server.shard_process"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own
+
+
+def _tell(process: "subprocess.Popen[str]", message: Mapping[str, object]) -> None:
+    if process.stdin is not None:
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+
+
+def _next_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    line = process.stdout.readline() if process.stdout is not None else ""
+    if not line:
+        raise UnavailableError(f"a shard's process ended with code {process.wait()} before it served; see its messages above")
+    message: dict[str, Any] = json.loads(line)
+    if "error" in message:
+        raise ConfigurationError(message["error"])
+    return message
+
+
+def _ended(process: "subprocess.Popen[str]") -> int:
+    try:
+        code = process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    return code

@@ -1,0 +1,167 @@
+"""One shard as a gRPC server: built from the configuration, started, and drained."""
+
+import asyncio
+import logging
+
+import grpc.aio
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from paceline_server.access import TokenInterceptor, server_credentials
+from paceline_server.admin import AdminService
+from paceline_server.config import ServerConfig
+from paceline_server.engine import Engine
+from paceline_server.journal import NoJournal
+from paceline_server.ledger import Schedule, ScheduleKind
+from paceline_server.membership import Membership
+from paceline_server.outer import OrderedMomentum
+from paceline_server.service import ParameterServerService
+from paceline_server.shard import Shard
+from paceline_wire import codecs
+from paceline_wire.errors import ConfigurationError
+from paceline_wire.transfer import MAX_MESSAGE_BYTES
+from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+from paceline_wire.v1 import parameter_server_pb2 as pb
+from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+"""Seconds that streams get to finish what they hold before the process ends."""
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A second server on the port must fail loudly, not share it.
+    ("grpc.so_reuseport", 0),
+    # Workers ping to keep their connection through NATs and load balancers; by default a server takes that as abuse.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class ShardServer:
+    """One shard, listening on one port.
+
+    Args:
+        config: The run's configuration.
+        index: Which of its shards this is.
+    """
+
+    def __init__(self, config: ServerConfig, index: int) -> None:
+        # The engine's threads are the parallelism; more threads inside torch would only contend with them.
+        torch.set_num_threads(1)
+        self._config = config
+        self._index = index
+        self._engine = Engine(build_shard(config, index), NoJournal())
+        self._shards: list[pb.Shard] = []
+        self._service = ParameterServerService(
+            self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
+        )
+        tokens = config.security.accepted_tokens()
+        self._server = grpc.aio.server(
+            interceptors=[TokenInterceptor(tokens)] if tokens else [], options=list(_CHANNEL_OPTIONS)
+        )
+        self._health = health.aio.HealthServicer()
+        self._watch: asyncio.Task[None] | None = None
+        self._register()
+
+    def bind(self) -> int:
+        """Take the port and return it.
+
+        Raises:
+            ConfigurationError: The address cannot be listened on.
+        """
+        config = self._config
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"{host}:{config.port + self._index if config.port else 0}"
+        credentials = server_credentials(config.security)
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"cannot listen on {address}: the port is taken, the address is not this machine's, "
+                "or the TLS files do not fit together"
+            ) from error
+
+    async def start(self, shards: list[pb.Shard]) -> None:
+        """Serve; shards are the addresses of all shards of the run, in order."""
+        self._shards.extend(shards)
+        await self._server.start()
+        self._watch = asyncio.create_task(self._engine.watch_time())
+        self._watch.add_done_callback(_log_failure)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Stop: take nothing new, finish and acknowledge what has begun, end the streams."""
+        _log.info("stopping: finishing what has begun")
+        await self._health.enter_graceful_shutdown()
+        await self._service.drain()
+        await self._server.stop(DRAIN_S)
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._engine.finish()
+
+    def _register(self) -> None:
+        pb_grpc.add_ParameterServerServiceServicer_to_server(self._service, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (
+            pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,
+            admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
+        reflection.enable_server_reflection(names, self._server)
+
+
+def build_shard(config: ServerConfig, index: int) -> Shard:
+    """The empty state of one of the configuration's shards."""
+    schedule = Schedule(
+        kind=ScheduleKind(config.schedule.kind),
+        quota=config.schedule.quota,
+        quorum=config.schedule.quorum,
+        look_ahead=config.look_ahead,
+    )
+    membership = Membership(
+        lease_s=config.schedule.lease_s,
+        inner_steps=config.exchange.inner_steps,
+        dynamic_inner_steps=config.exchange.dynamic_inner_steps,
+    )
+    rule = OrderedMomentum(lr=config.outer.lr, momentum=config.outer.momentum)
+    return Shard(index=index, num_shards=config.shards, rule=rule, schedule=schedule, membership=membership)
+
+
+def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
+    """What workers are told of the configuration."""
+    exchange = config.exchange
+    return pb.RunConfiguration(
+        outer=pb.OuterConfiguration(
+            rule=config.outer.rule,
+            lr=config.outer.lr,
+            momentum=config.outer.momentum,
+            look_ahead=config.look_ahead,
+        ),
+        schedule=pb.ScheduleConfiguration(
+            kind=pb.ScheduleKind.Value(f"SCHEDULE_KIND_{config.schedule.kind.upper()}"),
+            quota=config.schedule.quota,
+            quorum=config.schedule.quorum,
+        ),
+        exchange=pb.ExchangeConfiguration(
+            uplink=codecs.wire_value(codecs.codec(exchange.uplink)),
+            downlink=codecs.wire_value(codecs.codec(exchange.downlink)),
+            inner_steps=exchange.inner_steps,
+            dynamic_inner_steps=exchange.dynamic_inner_steps,
+            own_weight=exchange.own_weight,
+            window=exchange.window,
+        ),
+    )
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("the shard no longer watches leases and grace windows", exc_info=task.exception())

@@ -1,0 +1,229 @@
+"""The gRPC face of a shard: translates messages to calls of the engine, and errors to statuses; decides nothing."""
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+
+from paceline_server.engine import Engine
+from paceline_server.exchange import ExchangeStream
+from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import (
+    ERROR_METADATA_KEY,
+    InvalidInputError,
+    PacelineError,
+    ProtocolVersionError,
+    UnavailableError,
+)
+from paceline_wire.manifest import Manifest
+from paceline_wire.transfer import Receiver, payload_message, pieces
+from paceline_wire.v1 import parameter_server_pb2 as pb
+from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+_Response = TypeVar("_Response")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def abort(context: Context, error: PacelineError) -> NoReturn:
+    """End a call with an error: its gRPC code, its sentence, and its name for the caller's side."""
+    await context.abort(
+        grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=((ERROR_METADATA_KEY, type(error).__name__),)
+    )
+    raise AssertionError("context.abort returned")  # it always raises; this tells the type checker
+
+
+def with_status(
+    method: Callable[[Any, Any, Context], Awaitable[_Response]],
+) -> Callable[[Any, Any, Context], Awaitable[_Response]]:
+    """Make a unary answer's PacelineErrors gRPC statuses."""
+
+    @functools.wraps(method)
+    async def translated(self: Any, request: Any, context: Context) -> _Response:
+        try:
+            return await method(self, request, context)
+        except PacelineError as error:
+            await abort(context, error)
+
+    return translated
+
+
+class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
+    """The protocol's methods; see parameter_server.proto for what each promises.
+
+    Args:
+        engine: The shard in operation.
+        configuration: What workers are told of the configuration.
+        fragment_elements: The largest fragment, for whoever initializes the run.
+        shards: All shards, once their addresses are known.
+    """
+
+    def __init__(
+        self, engine: Engine, configuration: pb.RunConfiguration, fragment_elements: int, shards: list[pb.Shard]
+    ) -> None:
+        self._engine = engine
+        self._configuration = configuration
+        self._fragment_elements = fragment_elements
+        self._shards = shards
+        self._draining = False
+        self._streams: set[ExchangeStream] = set()
+
+    async def drain(self) -> None:
+        """End the exchange streams, each after it has answered the pushes that it has received whole."""
+        self._draining = True
+        await asyncio.gather(*(stream.drain() for stream in self._streams))
+
+    @with_status
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        """Tell what this shard hosts."""
+        if request.protocol_version:
+            _require_version(request.protocol_version)
+        shard = self._engine.shard
+        return pb.DescribeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            configuration=self._configuration,
+            manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
+            shards=self._shards,
+            shard_index=shard.index,
+            fragment_elements=self._fragment_elements,
+            active_workers=len(shard.membership.active),
+        )
+
+    @with_status
+    async def Initialize(
+        self, request: AsyncIterator[pb.InitializeRequest], context: Context
+    ) -> pb.InitializeResponse:
+        """Take the first parameters, or say that they are here already."""
+        async for message in request:
+            if not message.HasField("start"):
+                raise InvalidInputError("an upload begins with `start`")
+            _require_version(message.start.protocol_version)
+            manifest = Manifest.from_wire(message.start.manifest)
+            if manifest.fragment_elements != self._fragment_elements:
+                raise InvalidInputError(
+                    f"the manifest cuts fragments of {manifest.fragment_elements} elements; "
+                    f"this run's are {self._fragment_elements}: take them from Describe"
+                )
+            async with self._engine.initializing:
+                taken = await self._engine.begin_initialization(manifest, message.start.initialization_id)
+                if taken:
+                    await self._take_fragments(request)
+            return pb.InitializeResponse(
+                already_initialized=not taken, initialization_id=self._engine.shard.initialization_id
+            )
+        raise InvalidInputError("the upload was empty; it begins with `start`")
+
+    async def _take_fragments(self, messages: AsyncIterator[pb.InitializeRequest]) -> None:
+        receiver, announced = Receiver(), None
+        async for message in messages:
+            if message.HasField("fragment"):
+                announced = message.fragment
+                if announced.payload.codec != pb.CODEC_FP32:
+                    raise InvalidInputError(f"fragment {announced.fragment}: first parameters are sent in fp32")
+                num_elements = self._engine.shard.plan_of(announced.fragment).num_elements
+                receiver.begin(announced.payload, num_elements)
+            elif message.HasField("start"):
+                raise InvalidInputError("an upload is started once; `start` came again")
+            assembly = receiver.add(message.data)
+            if assembly is not None and announced is not None:
+                await self._engine.initialize_fragment(announced.fragment, assembly.codec, assembly.payload())
+        if not self._engine.shard.initialized:
+            raise InvalidInputError("the upload ended before every fragment of this shard had come; begin it again")
+        _log.info("initialized with %d fragments", len(self._engine.shard.fragments))
+
+    @with_status
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
+        """Make the caller an active worker."""
+        _require_version(request.protocol_version)
+        membership = self._engine.shard.membership
+        known = membership.active
+        member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
+        if member.worker not in known:
+            _log.info("%s", reason)
+            self._engine.roster_changed()
+        return pb.JoinResponse(
+            worker_index=member.index,
+            lease_ms=round(membership.lease_s * 1000),
+            inner_steps=membership.inner_steps(member.worker),
+            active_workers=len(membership.active),
+        )
+
+    @with_status
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
+        """Renew a lease."""
+        membership = self._engine.shard.membership
+        worker = request.worker.worker_id
+        membership.require(self._engine.clock(), worker, request.worker.incarnation)
+        if request.HasField("inner_step_us"):
+            membership.report_speed(worker, request.inner_step_us / 1e6)
+        return pb.HeartbeatResponse(
+            inner_steps=membership.inner_steps(worker), active_workers=len(membership.active)
+        )
+
+    @with_status
+    async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
+        """End a membership."""
+        reason = self._engine.shard.membership.leave(request.worker.worker_id, request.worker.incarnation)
+        _log.info("%s", reason)
+        self._engine.roster_changed()
+        return pb.LeaveResponse()
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchResponse]:
+        """Send current values, fragment by fragment."""
+        try:
+            codec = self._downlink(request.codec)
+            self._engine.shard.refuse_uninitialized()
+            for index in request.fragments or sorted(self._engine.shard.fragments):
+                snapshot = await self._engine.snapshot(index, codec)
+                announced: pb.FetchedFragment | None = pb.FetchedFragment(
+                    fragment=index, bin=snapshot.bin, payload=payload_message(codec, snapshot.payload)
+                )
+                for piece in pieces(snapshot.payload):
+                    yield pb.FetchResponse(fragment=announced, data=piece)
+                    announced = None
+                self._engine.shard.counters.bytes_sent += snapshot.payload.numel()
+        except PacelineError as error:
+            await abort(context, error)
+
+    async def Exchange(self, request: AsyncIterator[pb.ExchangeRequest], context: Context) -> None:
+        """Serve one worker's pushes and updates."""
+        try:
+            stream = await self._open(request, context)
+            self._streams.add(stream)
+            try:
+                await stream.run(request)
+            finally:
+                self._streams.discard(stream)
+        except PacelineError as error:
+            await abort(context, error)
+
+    async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
+        async for message in messages:
+            if not message.HasField("open"):
+                break
+            if self._draining:
+                raise UnavailableError("the server is stopping")
+            worker = message.open.worker
+            self._engine.shard.refuse_uninitialized()
+            self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
+            return ExchangeStream(self._engine, worker, self._downlink(message.open.downlink), context.write)
+        raise InvalidInputError("an exchange stream begins with `open`")
+
+    def _downlink(self, asked: pb.Codec.ValueType) -> Codec:
+        codec = codecs.codec_of_wire(asked or self._configuration.exchange.downlink)
+        if codec.name not in ("fp32", "bf16"):
+            raise InvalidInputError(f"updates cannot be written in {codec.name}; this version sends fp32 or bf16")
+        return codec
+
+
+def _require_version(version: int) -> None:
+    if version != PROTOCOL_VERSION:
+        raise ProtocolVersionError(
+            f"the peer speaks protocol version {version} and this server version {PROTOCOL_VERSION}: "
+            f"upgrade the {'server' if version > PROTOCOL_VERSION else 'worker'}"
+        )

@@ -1,0 +1,202 @@
+"""A shard's state and every decision about it. Pure: no sockets, no clock, no waiting.
+
+The service (service.py) turns messages into calls of this class and carries out what comes back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from paceline_server.fragment import FragmentValues
+from paceline_server.ledger import (
+    Decision,
+    Ledger,
+    Outcome,
+    PushRequest,
+    Roster,
+    Schedule,
+    decide_close,
+    decide_push,
+    next_close_s,
+)
+from paceline_server.membership import Membership
+from paceline_server.outer import PLAIN_AVERAGE, OrderedMomentum
+from paceline_wire.errors import InvalidInputError, ManifestMismatchError, NotInitializedError
+from paceline_wire.manifest import Fragment, Manifest
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """What the shard has done since its process began; see StatusResponse for the meanings and units."""
+
+    pushes_applied: int = 0
+    pushes_duplicate: int = 0
+    pushes_refused: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    bins_late_total: int = 0
+
+
+@dataclass
+class HostedFragment:
+    """A fragment that lives on this shard.
+
+    Attributes:
+        plan: Its place in the plan.
+        values: Its numbers; None until initialized.
+        ledger: Its bookkeeping.
+    """
+
+    plan: Fragment
+    values: FragmentValues | None
+    ledger: Ledger
+
+
+class Shard:
+    """The fragments of one shard, its members, and its counters.
+
+    Args:
+        index: This shard's index.
+        num_shards: Shards of the run.
+        rule: The outer rule for parameters.
+        schedule: When bins close and workers are answered.
+        membership: The workers.
+    """
+
+    def __init__(
+        self, *, index: int, num_shards: int, rule: OrderedMomentum, schedule: Schedule, membership: Membership
+    ) -> None:
+        self.index = index
+        self.num_shards = num_shards
+        self.schedule = schedule
+        self.membership = membership
+        self.counters = Counters()
+        self.pushes_by_worker: dict[str, int] = {}
+        self.manifest: Manifest | None = None
+        self.initialization_id = 0
+        self._rule = rule
+        self._fragments: dict[int, HostedFragment] = {}
+        self._without_values: set[int] = set()
+
+    @property
+    def initialized(self) -> bool:
+        """Whether every fragment of this shard has its parameters."""
+        return self.manifest is not None and not self._without_values
+
+    @property
+    def fragments(self) -> dict[int, HostedFragment]:
+        """This shard's fragments by index; empty until the manifest is known."""
+        return self._fragments
+
+    def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
+        """Take the manifest of a first upload; False if this shard has its parameters already.
+
+        An upload that broke off may be begun again, by anybody, until the last fragment has come.
+
+        Raises:
+            ManifestMismatchError: The run has another manifest; the text names the first difference.
+        """
+        if self.manifest is not None:
+            self.refuse_other_manifest(manifest)
+        if self.initialized:
+            return False
+        self.manifest = manifest
+        self.initialization_id = initialization_id
+        self._fragments = {
+            plan.index: HostedFragment(plan=plan, values=None, ledger=Ledger())
+            for plan in manifest.fragments_of_shard(self.index, self.num_shards)
+        }
+        self._without_values = set(self._fragments)
+        return True
+
+    def refuse_other_manifest(self, manifest: Manifest) -> None:
+        """Make sure that a worker's model is this run's.
+
+        Raises:
+            ManifestMismatchError: It is not; the text names the first difference.
+        """
+        difference = self.manifest.difference(manifest) if self.manifest is not None else None
+        if difference is not None:
+            raise ManifestMismatchError(f"this run has another model: {difference} (here: the run; there: yours)")
+
+    def initialize_fragment(self, index: int, values: torch.Tensor) -> None:
+        """Give a fragment its first parameters (float32 [n]; kept, not copied)."""
+        fragment = self.plan_of(index)
+        rule = self._rule if fragment.role == "parameter" else PLAIN_AVERAGE
+        self._fragments[index].values = FragmentValues(values, rule)
+        self._without_values.discard(index)
+
+    def plan_of(self, index: int) -> Fragment:
+        """A fragment's place in the plan.
+
+        Raises:
+            NotInitializedError: No manifest has come yet.
+            InvalidInputError: The fragment does not live here.
+        """
+        if self.manifest is None:
+            raise NotInitializedError(f"shard {self.index} has no parameters yet: some worker must initialize the run")
+        fragment = self._fragments.get(index)
+        if fragment is None:
+            raise InvalidInputError(
+                f"fragment {index} does not live on shard {self.index} of {self.num_shards}: the run has "
+                f"{len(self.manifest.fragments)} fragments, and fragment f lives on shard f modulo {self.num_shards}"
+            )
+        return fragment.plan
+
+    def refuse_uninitialized(self) -> None:
+        """Make sure that the shard has its parameters.
+
+        Raises:
+            NotInitializedError: It has not.
+        """
+        if not self.initialized:
+            raise NotInitializedError(f"shard {self.index} has no parameters yet: some worker must initialize the run")
+
+    def hosted(self, index: int) -> tuple[HostedFragment, FragmentValues]:
+        """An initialized fragment and its numbers.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+            InvalidInputError: The fragment does not live here.
+        """
+        self.refuse_uninitialized()
+        self.plan_of(index)
+        fragment = self._fragments[index]
+        if fragment.values is None:
+            raise NotInitializedError(f"fragment {index} has no values yet; try again in a moment")
+        return fragment, fragment.values
+
+    def roster(self) -> Roster:
+        """Who counts at this moment."""
+        return Roster(active=self.membership.active, most_active=self.membership.most_active)
+
+    def decide_push(self, now: float, index: int, push: PushRequest) -> tuple[Decision, Ledger]:
+        """Decide about a push; nothing changes until `keep`.
+
+        Raises:
+            InvalidInputError: Its seq is not the next one.
+        """
+        return decide_push(self.schedule, self._fragments[index].ledger, now, self.roster(), push)
+
+    def decide_close(self, now: float, index: int) -> tuple[Decision, Ledger] | None:
+        """Decide whether a fragment's bin closes; nothing changes until `keep`."""
+        return decide_close(self.schedule, self._fragments[index].ledger, now, self.roster())
+
+    def keep(self, index: int, decision: Decision, ledger: Ledger, worker: str | None) -> None:
+        """Make a decision the state, and count it; worker is the one whose push it was."""
+        self._fragments[index].ledger = ledger
+        counters = self.counters
+        if decision.outcome is Outcome.DUPLICATE:
+            counters.pushes_duplicate += 1
+        elif decision.outcome is Outcome.REFUSED:
+            counters.pushes_refused += 1
+        elif decision.contribution is not None and worker is not None:
+            counters.pushes_applied += 1
+            counters.bins_late_total += decision.contribution.bins_late
+            self.pushes_by_worker[worker] = self.pushes_by_worker.get(worker, 0) + 1
+
+    def next_event_s(self) -> float | None:
+        """When time alone may next change something: a lease running out, or a quorum's grace passing."""
+        times = [next_close_s(self.schedule, fragment.ledger) for fragment in self._fragments.values()]
+        due = [time for time in (*times, self.membership.next_expiry_s()) if time is not None]
+        return min(due, default=None)

@@ -1,0 +1,70 @@
+"""One shard's process among several: `python -m paceline_server.shard_process`, spoken to in lines of JSON.
+
+processes.py starts it and holds the other end:
+
+1. stdin: {"config": {...}, "index": i}     the configuration, secrets included, so that none is in the process list
+2. stdout: {"port": p}                      the port is taken; or {"error": "..."} and exit code 2
+3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
+4. stdout: {"event": "serving"}             the shard answers
+5. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
+"""
+
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+import uvloop
+
+from paceline_server.config import ServerConfig
+from paceline_server.server import ShardServer
+from paceline_server.settings import config_from_mapping
+from paceline_wire.errors import ConfigurationError
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+
+def stop_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set. Call it inside the running loop."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+def shard_addresses(config: ServerConfig, ports: list[int]) -> list[pb.Shard]:
+    """What clients are told of where the shards listen."""
+    return [pb.Shard(host=config.advertise_host, port=port) for port in ports]
+
+
+async def _serve() -> None:
+    stopping = stop_signal()
+    stdin = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    first = json.loads(await stdin.readline())
+    config = config_from_mapping(first["config"])
+    server = ShardServer(config, first["index"])
+    _tell(port=server.bind())
+    ports = json.loads(await stdin.readline() or "{}").get("ports")
+    if ports is None:
+        return
+    await server.start(shard_addresses(config, ports))
+    _tell(event="serving")
+    starter_ended = asyncio.create_task(stdin.read())
+    starter_ended.add_done_callback(lambda _: stopping.set())
+    await stopping.wait()
+    starter_ended.cancel()
+    await server.drain()
+
+
+def _tell(**message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        uvloop.run(_serve())
+    except ConfigurationError as error:
+        _tell(error=str(error))
+        sys.exit(2)
