@@ -2,6 +2,7 @@
 
 from paceline.channels import TLS
 from paceline.client import Base, Client, connect
+from paceline.run import Run, Stats, join
 from paceline_wire.errors import PacelineError
 
-__all__ = ["TLS", "Base", "Client", "PacelineError", "connect"]
+__all__ = ["TLS", "Base", "Client", "PacelineError", "Run", "Stats", "connect", "join"]

@@ -181,8 +181,7 @@ class ShardConnection:
     async def _heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / HEARTBEATS_PER_LEASE)
-            step_us = None if self.inner_step_s is None else max(1, round(self.inner_step_s * 1e6))
-            request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=step_us)
+            request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
             try:
                 answer = await self._call(
                     lambda request=request: self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata)
@@ -256,6 +255,7 @@ class ShardConnection:
                     seq=push.seq,
                     base_bin=push.base_bin,
                     payload=payload_message(push.codec, push.payload),
+                    inner_step_us=self._inner_step_us(),
                 )
                 for piece in pieces(push.payload):
                     await call.write(pb.ExchangeRequest(push=announced, data=piece))
@@ -301,6 +301,9 @@ class ShardConnection:
         if fragment >= len(fragments):
             raise PacelineError(f"{self.target} sent an update for fragment {fragment}, which the run does not have")
         return fragments[fragment].num_elements
+
+    def _inner_step_us(self) -> int | None:
+        return None if self.inner_step_s is None else max(1, round(self.inner_step_s * 1e6))
 
     def _fail(self, error: PacelineError) -> None:
         """Give up: everything that waits, and every later push, gets this error."""

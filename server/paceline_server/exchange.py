@@ -95,6 +95,7 @@ class ExchangeStream:
             )
             if message.HasField("push"):
                 self._announced = message.push
+                self._note_speed(message.push)
                 num_elements = self._engine.shard.plan_of(message.push.fragment).num_elements
                 self._receiver.begin(message.push.payload, num_elements)
             elif message.HasField("open"):
@@ -122,6 +123,10 @@ class ExchangeStream:
             return
         push = ReceivedPush(fragment=announced.fragment, request=request, codec=assembly.codec, payload=payload)
         self._engine.submit(push, self).add_done_callback(self._processed)
+
+    def _note_speed(self, push: pb.Push) -> None:
+        if push.HasField("inner_step_us"):
+            self._engine.shard.membership.report_speed(self._worker.worker_id, push.inner_step_us / 1e6)
 
     def _processed(self, event: "asyncio.Task[None]") -> None:
         self._processing.release()

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -28,7 +28,7 @@ class Child:
         self._process = process
         self._stderr = stderr
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield what the child prints, until it closes its output and has exited with 0.
 
         Lines that aren't JSON objects are passed over.
@@ -74,14 +74,15 @@ class Child:
             try:
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
             except TimeoutError:
-                self.kill()
+                self._process.kill()
                 await self._process.wait()
 
-    def kill(self) -> None:
-        """End the process without asking, if it still runs."""
+    def close(self) -> None:
+        """Kill the process if it still runs, and drop what was kept of its standard error."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        self._stderr.close()
 
     def _failure(self) -> ChildFailedError:
         self._stderr.seek(0)
@@ -132,4 +133,4 @@ class Children:
             await asyncio.gather(*(child.stop() for child in self._children))
         finally:  # also if a second Ctrl-C cut the line above short
             for child in self._children:
-                child.kill()
+                child.close()

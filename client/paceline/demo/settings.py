@@ -37,11 +37,11 @@ class DemoSettings:
     """Peak of the inner AdamW's rate, together and alone."""
     step_s: float = 0.025
     """What an inner step of a fast worker lasts; computing it takes a fifth of that or so."""
-    inner_steps: int = 20
+    inner_steps: int = 16
     """Inner steps per round of the fastest worker; a slower one is given fewer by the server."""
     outer_lr: float = 0.7
     """The server's rate."""
-    outer_momentum: float = 0.5
+    outer_momentum: float = 0.6
     """The server's momentum."""
     uplink: str = "int4"
     """Codec of what workers send."""

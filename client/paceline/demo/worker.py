@@ -1,13 +1,14 @@
 """A worker process of the demo: `python -m paceline.demo.worker`, joined to a run or alone.
 
 It prints one JSON object per line: `ready` once it could start, then, after a line on its standard input, `progress`
-about once a second and at last `done`. When its standard input ends it stops, so that none outlives the demo.
+about once a second, `trained` when its time is over, and `done` at last. When its standard input ends it stops, so that none outlives the demo.
 """
 
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -37,8 +38,10 @@ def train_together(address: str, index: int, settings: DemoSettings, corpus: Cor
         report = Reporter(pacer, lambda: {"index": index, "stats": asdict(run.stats())})
         for result in train(model, optimizer, corpus.train, settings, pacer, stream=index):
             report.after_step(result)
+        report.print("trained")
+        begin_s = time.monotonic()
         run.flush()
-        report.print("done")
+        report.print("done", flush_s=time.monotonic() - begin_s)
 
 
 def train_alone(settings: DemoSettings, corpus: Corpus) -> None:

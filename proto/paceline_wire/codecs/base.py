@@ -33,7 +33,7 @@ class Codec(Protocol):
         """Write the encoding of values (float32 [n]) to out (uint8 [encoded_bytes(n)]).
 
         Values that are not finite never raise: they give a payload that `check` refuses, since the shard, not the
-        worker, decides about them. Values that are finite give one that `check` accepts (bf16: up to 2^128 - 2^119).
+        worker, decides about them. Values that are finite give one that `check` accepts (bf16: below 2^128 - 2^119).
 
         Raises:
             InvalidInputError: values or out are not as said. The message says which.

@@ -160,8 +160,9 @@ class BlockwiseCodec(ABC):
     def _encode_blocks(self, blocks: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
         """Write the code bytes of blocks (float32 [B, E]) to out (int8 [B, C]); return their scales (float32 [B])."""
         absmax = torch.abs(blocks, out=scratch).amax(dim=1)
-        scales = self._scales(absmax).masked_fill_(absmax < _SMALLEST_ABSMAX, 0.0)
-        inverses = (scales * self._step_of_scale).reciprocal_().masked_fill_(scales == 0.0, 0.0)
+        zero = absmax < _SMALLEST_ABSMAX
+        scales = self._scales(absmax).masked_fill_(zero, 0.0)
+        inverses = (scales * self._step_of_scale).reciprocal_().masked_fill_(zero, 0.0)
         codes = self._round(torch.mul(blocks, inverses[:, None], out=scratch))
         if self._packed:
             pack_nibbles(codes.to(torch.int8), out)

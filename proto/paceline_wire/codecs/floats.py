@@ -105,7 +105,11 @@ class Bf16Codec:
 
 
 def _require_finite(name: str, payload: torch.Tensor, bits: torch.dtype, magnitude: int, infinity: int) -> None:
-    """Refuse a payload of floats whose bits, seen as integers without their sign, reach those of infinity."""
+    """Refuse a payload of floats whose bits, seen as integers without their sign, reach those of infinity.
+
+    Raises:
+        CodecError: Some element is infinite or NaN.
+    """
     if payload.numel() == 0:
         return
     peaks = [

@@ -1,0 +1,88 @@
+"""The start of a round, handed between the training thread and the exchange thread.
+
+The exchange thread proposes new starts whenever it learns something; the training thread takes the newest proposal at
+its next optimizer-step boundary and shifts model and start by the same amount, so the outer gradient, start minus end,
+is untouched. A proposal is computed against the start of that moment, without a lock; if the training thread has moved
+the start meanwhile, the proposal is computed again, or, after the end of the round, dropped with it.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from paceline.model_state import FragmentState, Snapshot, Staged
+
+
+@dataclass(frozen=True, eq=False)
+class _Proposal:
+    start: torch.Tensor
+    shift: Staged | None
+
+
+class RoundStart:
+    """One fragment's start of the current round.
+
+    Args:
+        state: The fragment of the live model.
+        start: The values that the model has now, float32 [n] on the host.
+    """
+
+    def __init__(self, state: FragmentState, start: torch.Tensor) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._start = Snapshot(start)
+        self._moves = 0
+        self._proposal: _Proposal | None = None
+
+    def propose(self, start: torch.Tensor, *, replace: bool = False) -> None:
+        """Propose a new start (float32 [n] on the host). Called on the exchange thread.
+
+        Args:
+            start: The new start.
+            replace: Set the model to the start instead of shifting it: for a model whose own values are unusable.
+        """
+        while True:
+            with self._lock:
+                current, moves = self._start, self._moves
+            shift = None if replace else self._state.stage(start - current.wait())
+            with self._lock:
+                if self._moves == moves:
+                    self._proposal = _Proposal(start, shift)
+                    return
+
+    def adopt(self, *, untouched: bool) -> None:
+        """Take the newest proposal, if there is one. Called on the training thread.
+
+        The lock is held while the model changes: only the exchange thread can wait for it, and a proposal computed
+        against the old start in between would be wrong.
+
+        Args:
+            untouched: No inner step has changed the model since its start: then it becomes the new start exactly,
+                without the rounding of a shift.
+        """
+        with self._lock:
+            proposal, self._proposal = self._proposal, None
+            if proposal is None:
+                return
+            self._moves += 1
+            if proposal.shift is None or untouched:
+                self._start = Snapshot(self._state.write(proposal.start))
+            elif self._state.is_full_precision:
+                self._state.add(proposal.shift)
+                self._start = Snapshot(proposal.start)
+            else:
+                # A 16-bit model takes only part of a small shift. The start must move by just what the model moved,
+                # or the difference would be taken for the work of inner steps.
+                before = self._state.read().wait()
+                self._state.add(proposal.shift)
+                moved = self._state.read().wait() - before
+                self._start = Snapshot(self._start.wait() + moved)
+
+    def end_round(self, end: Snapshot) -> Snapshot:
+        """Begin the next round at the model's present values; returns the start of the round that ends."""
+        with self._lock:
+            start, self._start = self._start, end
+            self._moves += 1
+            self._proposal = None
+        return start

@@ -1,0 +1,282 @@
+"""`join`: makes an unchanged training loop a worker of a run, by a hook on its optimizer's step."""
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from paceline.channels import TLS, Access
+from paceline.exchanger import Exchanger, ExchangeSettings, Overlap
+from paceline.fragments import exchanged
+from paceline_wire.errors import InvalidInputError
+
+_log = logging.getLogger(__name__)
+
+_STEP_TIME_MEMORY = 0.9
+"""Weight of the past in the running mean of an inner step's seconds: about the last ten steps count."""
+
+_PATIENCE_S = 10.0
+"""Seconds after which a waiting training thread says in the log what it waits for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a run has cost this worker so far.
+
+    Attributes:
+        rounds: Rounds exchanged whole.
+        bytes_up: Payload bytes of pushes.
+        bytes_down: Payload bytes of updates.
+        stalled_s: Seconds that the training thread waited for the exchange.
+        lateness: Mean number of bins that pushes were late when they were applied.
+        compute_utilization: Share of the time since joining that the training thread did not wait, 0 to 1.
+        pushes: Pushes answered, over all fragments.
+        pushes_refused: Those that the server refused.
+        reconnects: How often a connection was lost and resumed.
+        inner_steps: Inner steps in the current round.
+    """
+
+    rounds: int
+    bytes_up: int
+    bytes_down: int
+    stalled_s: float
+    lateness: float
+    compute_utilization: float
+    pushes: int
+    pushes_refused: int
+    reconnects: int
+    inner_steps: int
+
+
+class Run:
+    """A worker's membership of a run; made by `join`, a context manager.
+
+    The training thread calls everything here. Leaving the context without an exception flushes.
+
+    Args:
+        exchanger: The exchange thread.
+        optimizer: Its steps are the inner steps.
+        inner_steps: Inner steps in a round; None: as the server says, round by round.
+        overlap: What to do while a push is under way.
+    """
+
+    def __init__(
+        self, exchanger: Exchanger, optimizer: torch.optim.Optimizer, inner_steps: int | None, overlap: Overlap
+    ) -> None:
+        self._exchanger = exchanger
+        self._own_inner_steps = inner_steps
+        self._overlap = overlap
+        self._round = 0
+        self._steps_in_round = 0
+        self._untouched = True
+        self._in_flight: deque[Future[None]] = deque()
+        self._stalled_s = 0.0
+        self._joined_s = time.perf_counter()
+        self._step_began_s: float | None = None
+        self._inner_step_s: float | None = None
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def worker_index(self) -> int:
+        """This worker's number among the active ones at the time of joining, for dividing data."""
+        return self._exchanger.worker_index
+
+    @property
+    def round(self) -> int:
+        """The number of the current round, from 0."""
+        return self._round
+
+    @property
+    def inner_steps(self) -> int:
+        """Inner steps in the current round."""
+        return self._own_inner_steps or self._exchanger.inner_steps
+
+    def stats(self) -> Stats:
+        """What the run has cost so far."""
+        traffic = self._exchanger.traffic
+        elapsed_s = time.perf_counter() - self._joined_s
+        return Stats(
+            rounds=traffic.rounds,
+            bytes_up=traffic.bytes_up,
+            bytes_down=traffic.bytes_down,
+            stalled_s=self._stalled_s,
+            lateness=traffic.bins_late / max(traffic.pushes, 1),
+            compute_utilization=max(0.0, 1 - self._stalled_s / max(elapsed_s, 1e-9)),
+            pushes=traffic.pushes,
+            pushes_refused=traffic.pushes_refused,
+            reconnects=self._exchanger.reconnects,
+            inner_steps=self.inner_steps,
+        )
+
+    def flush(self) -> None:
+        """Push what the current round has done, wait for all answers, and adopt the server's parameters exactly.
+
+        Raises:
+            PacelineError: The server refuses this worker for good.
+        """
+        if self._steps_in_round:
+            self._wait_for_room(self._exchanger.window)
+            self._end_round()
+        self._wait_for_room(1)
+        self._exchanger.propose_bases()
+        self._untouched = True
+        self._adopt()
+
+    def close(self) -> None:
+        """Leave the run at once; what is in flight may or may not count."""
+        self._hook.remove()
+        self._exchanger.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.flush()
+        finally:
+            self.close()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """The optimizer-step boundary: the only place where the run touches the model."""
+        if _skipped_by_scaler(optimizer):
+            return
+        self._time_step()
+        self._steps_in_round += 1
+        self._untouched = False
+        with torch.no_grad():
+            self._adopt()
+            if self._steps_in_round >= self.inner_steps:
+                self._wait_for_room(self._exchanger.window)
+                self._adopt()
+                self._end_round()
+                if self._overlap is Overlap.BLOCKING:
+                    self._wait_for_room(1)
+                    self._adopt()
+        self._step_began_s = time.perf_counter()
+
+    def _adopt(self) -> None:
+        """Take what the exchange thread proposes."""
+        for start in self._exchanger.starts:
+            start.adopt(untouched=self._untouched)
+
+    def _end_round(self) -> None:
+        """Hand the round over and go on at once."""
+        if self._inner_step_s is not None:
+            self._exchanger.report_speed(self._inner_step_s)
+        ends = [state.read() for state in self._exchanger.states]
+        starts = [start.end_round(end) for start, end in zip(self._exchanger.starts, ends, strict=True)]
+        self._in_flight.append(self._exchanger.begin_round(starts, ends))
+        self._round += 1
+        self._steps_in_round = 0
+        self._untouched = True
+
+    def _wait_for_room(self, window: int) -> None:
+        """Wait until fewer than window rounds are in flight; raises what ended the exchange, if something did."""
+        began_s = time.perf_counter()
+        while self._in_flight and (len(self._in_flight) >= window or self._in_flight[0].done()):
+            try:
+                self._in_flight[0].result(_PATIENCE_S)
+            except TimeoutError:
+                waited_s = time.perf_counter() - began_s
+                _log.warning("round %d waits for its answer for %.0f s now", self._round, waited_s)
+                continue
+            self._in_flight.popleft()
+        self._stalled_s += time.perf_counter() - began_s
+
+    def _time_step(self) -> None:
+        if self._step_began_s is None:
+            return
+        took_s = time.perf_counter() - self._step_began_s
+        mean_s = self._inner_step_s
+        self._inner_step_s = took_s if mean_s is None else _STEP_TIME_MEMORY * mean_s + (1 - _STEP_TIME_MEMORY) * took_s
+
+
+def join(
+    address: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    inner_steps: int | None = None,
+    worker_id: str | None = None,
+    token: str | None = None,
+    tls: TLS | str | Path | bool | None = None,
+    uplink: str | None = None,
+    downlink: str | None = None,
+    overlap: str = "eager",
+) -> Run:
+    """Join a run with a model and the optimizer that trains it.
+
+    The model is set to the run's parameters; the first worker to come gives the run its own. From then on every
+    `inner_steps` optimizer steps make a round, whose outer gradient is pushed while training goes on. Trainable
+    parameters are exchanged, tied ones once; floating persistent buffers are averaged; frozen parameters and integer
+    buffers stay local, and so does the optimizer's state.
+
+    Args:
+        address: "host:port" of any shard of the run.
+        model: Its parameters may be on any device, in float32, bfloat16 or float16.
+        optimizer: Any torch optimizer; steps that an AMP GradScaler skips do not count.
+        inner_steps: Inner steps in a round; None: as the server says, which gives slower workers fewer.
+        worker_id: This worker's name, the same after a restart; None: a new name from host and process.
+        token: The run's token; None: the variable PACELINE_TOKEN, if set.
+        tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
+        uplink: Codec of pushes; None: as the server says.
+        downlink: Codec of updates; None: as the server says.
+        overlap: "eager": never wait while the window has room, and see own work at once; "delayed": the same, but own
+            work shows when its answer comes; "blocking": wait for every answer.
+
+    Returns:
+        The run, a context manager.
+
+    Raises:
+        InvalidInputError: An argument or a tensor is not as said.
+        ManifestMismatchError: The run trains another model; the text names the first tensor that differs.
+        UnavailableError: The server cannot be reached.
+        UnauthenticatedError: The token or certificate is missing or wrong.
+
+    Example:
+        with paceline.join("ps.example.org:7070", model, optimizer) as run:
+            for batch in loader:
+                loss = model(batch)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    if overlap not in [kind.value for kind in Overlap]:
+        raise InvalidInputError(f"overlap {overlap!r} is not one of {', '.join(kind.value for kind in Overlap)}")
+    if inner_steps is not None and inner_steps < 1:
+        raise InvalidInputError(f"inner_steps is {inner_steps}; it must be at least 1")
+    settings = ExchangeSettings(
+        worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
+        access=Access.of(tls, token or os.environ.get("PACELINE_TOKEN")),
+        overlap=Overlap(overlap),
+        uplink=uplink,
+        downlink=downlink,
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {
+        name: buffer for name, buffer in model.named_buffers() if name in persistent and buffer.is_floating_point()
+    }
+    exchanger = Exchanger(address, settings, exchanged({**trained, **buffers}), averaged=buffers.keys())
+    return Run(exchanger, optimizer, inner_steps, Overlap(overlap))
+
+
+def _skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an AMP GradScaler found infinite gradients in this step.
+
+    For most optimizers the scaler then does not call step at all; fused ones are called, and skip the step themselves.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, torch.Tensor) and bool(found_inf.item())
