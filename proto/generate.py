@@ -16,7 +16,11 @@ def generate(destination: Path) -> None:
     """Write the generated modules and stubs of every .proto file below destination."""
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / PACKAGE).glob("*.proto"))
     kinds = ("python_out", "grpc_python_out", "mypy_out", "mypy_grpc_out")
-    arguments = [f"--proto_path={ROOT}", *(f"--{kind}={destination}" for kind in kinds), *sources]
+    # The plugins lie beside this interpreter, which need not be on PATH.
+    scripts = Path(sys.executable).parent
+    plugins = [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    outputs = [f"--{kind}={destination}" for kind in kinds]
+    arguments = [f"--proto_path={ROOT}", *plugins, *outputs, *sources]
     if protoc.main(["protoc", *arguments]) != 0:
         sys.exit("protoc failed; its message above names the file and line")
 

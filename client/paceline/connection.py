@@ -115,6 +115,7 @@ class ShardConnection:
         self._failure: PacelineError | None = None
         self._answered_on_stream = False
         self._lease_s = 30.0
+        self._closed = False
 
     async def join(self) -> None:
         """Become a member, and stay one until `close`.
@@ -142,7 +143,7 @@ class ShardConnection:
             PacelineError: The shard refuses this worker for good; lost connections never show.
         """
         if self._failure is not None:
-            raise self._failure
+            raise type(self._failure)(str(self._failure))
         update = asyncio.get_running_loop().create_future()
         unanswered = _Unanswered(push, update)
         self._unanswered[push.fragment, push.seq] = unanswered
@@ -154,7 +155,10 @@ class ShardConnection:
             self._unanswered.pop((push.fragment, push.seq), None)
 
     async def close(self) -> None:
-        """Leave the run and end the connection."""
+        """Leave the run and end the connection. Closing twice is not an error."""
+        if self._closed:
+            return
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -197,7 +201,21 @@ class ShardConnection:
                 _log.debug("a heartbeat was lost: %s", error)
 
     async def _exchange(self) -> None:
-        """Keep a stream open; everything unanswered is sent again on every new one."""
+        """Keep exchanging; whatever ends that for good reaches everybody who waits."""
+        try:
+            await self._exchange_again_and_again()
+        except PacelineError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(PacelineError(f"the exchange with {self.target} failed: {error!r}"))
+            raise
+
+    async def _exchange_again_and_again(self) -> None:
+        """Keep a stream open; everything unanswered is sent again on every new one.
+
+        Raises:
+            PacelineError: The shard refuses this worker for good.
+        """
         delays_s = backoff_s(self._jitter)
         while True:
             self._answered_on_stream = False
@@ -208,8 +226,7 @@ class ShardConnection:
                 reason = "the server ended the stream"
             except PacelineError as error:
                 if not error.retryable:
-                    self._fail(error)
-                    return
+                    raise
                 reason = str(error)
             if self._answered_on_stream:
                 delays_s = backoff_s(self._jitter)

@@ -1,4 +1,4 @@
-"""The exchange thread of a joined worker: an event loop of its own, beside the training thread, that moves the rounds.
+"""A joined worker's exchange: moves the rounds on the exchange thread, beside the training thread.
 
 The way of a round: the training thread hands over where each fragment started and ended; a codec thread subtracts,
 encodes, and proposes a new start that includes the own push; the connection sends until the server answers; the codec
@@ -8,7 +8,6 @@ overlapping.
 
 import asyncio
 import logging
-import threading
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import torch
-import uvloop
 
 from paceline.channels import Access
 from paceline.connection import OutgoingPush, ReceivedUpdate
 from paceline.eager import Estimate, LocalContinuation, NoEstimate, OwnOuterStep, PreparedPush, WorkerFragment
 from paceline.fragments import manifest_of
+from paceline.loop import exchange_loop
 from paceline.model_state import FragmentState, Snapshot
 from paceline.rebase import RoundStart
 from paceline.session import Session, new_worker, open_session
@@ -86,7 +85,7 @@ class ExchangeSettings:
 
 
 class Exchanger:
-    """A joined worker's exchange; made by the training thread, running in threads of its own until `close`.
+    """A joined worker's exchange; made by the training thread, running on other threads until `close`.
 
     Args:
         address: "host:port" of any shard.
@@ -107,11 +106,9 @@ class Exchanger:
     ) -> None:
         self.traffic = Traffic()
         self._settings = settings
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="paceline-exchange", daemon=True)
+        self._loop = exchange_loop()
         self._codec_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-codec")
         self._session: Session | None = None
-        self._thread.start()
         try:
             session = self._wait_for(open_session(address, settings.access))
             self._session = session
@@ -170,14 +167,9 @@ class Exchanger:
             start.propose(fragment.base)
 
     def close(self) -> None:
-        """Leave the run and end the threads."""
-        if self._loop.is_closed():
-            return
+        """Leave the run. Closing twice is not an error."""
         if self._session is not None:
             self._wait_for(self._session.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
         self._codec_thread.shutdown()
 
     async def _begin_exchange(self, session: Session) -> None:

@@ -138,7 +138,7 @@ class Session:
         return list(await asyncio.gather(*(self._status(shard) for shard in range(len(self.targets)))))
 
     async def close(self) -> None:
-        """Leave the run, if joined, and end the connections."""
+        """Leave the run, if joined, and end the connections. Closing twice is not an error."""
         await asyncio.gather(*(connection.close() for connection in self.connections))
         await asyncio.gather(*(channel.close() for channel in self._channels))
 

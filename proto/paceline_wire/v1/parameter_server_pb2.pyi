@@ -931,12 +931,15 @@ class Push(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     BASE_BIN_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    INNER_STEP_US_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment in the plan; MUST live on this shard."""
     seq: _builtins.int
     """Counts this incarnation's pushes to this fragment, from 1, without gaps."""
     base_bin: _builtins.int
     """The bin of the newest values that the worker held: what its last update or fetch of this fragment said."""
+    inner_step_us: _builtins.int
+    """Mean duration of the worker's recent inner steps in microseconds. Absent: not known."""
     @_builtins.property
     def payload(self) -> Global___Payload:
         """The outer gradient."""
@@ -948,12 +951,15 @@ class Push(_message.Message):
         seq: _builtins.int = ...,
         base_bin: _builtins.int = ...,
         payload: Global___Payload | None = ...,
+        inner_step_us: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "inner_step_us", b"inner_step_us", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_bin", b"base_bin", "fragment", b"fragment", "payload", b"payload", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "base_bin", b"base_bin", "fragment", b"fragment", "inner_step_us", b"inner_step_us", "payload", b"payload", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__inner_step_us: _TypeAlias = _typing.Literal["inner_step_us"]  # noqa: Y015
+    _WhichOneofArgType__inner_step_us: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_step_us) -> _WhichOneofReturnType__inner_step_us | None: ...
 
 Global___Push: _TypeAlias = Push  # noqa: Y015
 
