@@ -1,4 +1,4 @@
-"""Train one torch model from many places: `join` an ordinary training loop to a run, or `connect` to it from asyncio."""
+"""Train one torch model from many places: `join` a training loop to a run, or `connect` to it from asyncio."""
 
 from paceline.channels import TLS
 from paceline.client import Base, Client, connect

@@ -144,7 +144,7 @@ def error_of(error: grpc.RpcError, target: str) -> PacelineError:
 
 
 def backoff_s(jitter: random.Random) -> Iterator[float]:
-    """Seconds to wait before each attempt after a failure: doubling, with jitter so that workers do not come at once."""
+    """Seconds to wait before each attempt: doubling, with jitter so that workers do not come all at once."""
     longest = FIRST_BACKOFF_S
     while True:
         yield jitter.uniform(longest / 2, longest)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from paceline.channels import TLS, Access
+from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush, ReceivedUpdate
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
 from paceline.session import REACH_S, Session, new_worker, open_session
@@ -87,13 +88,10 @@ class Client:
         """
         manifest = await self._known_manifest()
         base = _empty_base(manifest)
-
-        async def fetch(fragment: Fragment) -> None:
-            async with self._encoding:
-                values, base.bins[fragment.index] = await self._session.fetch(fragment, self._downlink)
-                scatter(fragment, values, base.tensors)
-
-        await asyncio.gather(*(fetch(fragment) for fragment in manifest.fragments))
+        fetched = await self._session.fetch_all(self._downlink)
+        for fragment, (values, newest_bin) in zip(manifest.fragments, fetched, strict=True):
+            base.bins[fragment.index] = newest_bin
+            await in_codec_thread(scatter, fragment, values, base.tensors)
         return base
 
     async def exchange(self, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
@@ -124,7 +122,7 @@ class Client:
         async def exchange(fragment: Fragment) -> str | None:
             update = await self._push(fragment, outer_gradient, base.bins[fragment.index], seqs[fragment.index])
             newest.bins[fragment.index] = update.bin
-            scatter(fragment, update.values, newest.tensors)
+            await in_codec_thread(scatter, fragment, update.values, newest.tensors)
             return update.refusal
 
         refusals = await asyncio.gather(*(exchange(fragment) for fragment in manifest.fragments))
@@ -146,12 +144,10 @@ class Client:
     ) -> ReceivedUpdate:
         index = fragment.index
         async with self._encoding:
-            encoded = await asyncio.to_thread(
+            encoded = await in_codec_thread(
                 lambda: codecs.compensate(self._uplink, gather(fragment, outer_gradient), self._residuals.get(index))
             )
-        push = OutgoingPush(
-            fragment=index, seq=seq, base_bin=base_bin, codec=self._uplink, payload=encoded.payload
-        )
+        push = OutgoingPush(fragment=index, seq=seq, base_bin=base_bin, codec=self._uplink, payload=encoded.payload)
         update = await self._session.connection_of(index).push(push)
         if update.refusal is None:
             self._residuals[index] = encoded.residual

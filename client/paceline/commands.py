@@ -21,7 +21,9 @@ REACH_S = 5.0
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the address and the options that every connection needs."""
     for option in (
-        click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False), help="CA file to verify the server with."),
+        click.option(
+            "--tls-ca", type=click.Path(exists=True, dir_okay=False), help="CA file to verify the server with."
+        ),
         click.option("--tls", is_flag=True, help="Use TLS and verify with the system's authorities."),
         click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help="The run's token."),
         click.argument("address"),
@@ -102,7 +104,9 @@ def _shard_text(shard: admin_pb2.StatusResponse) -> str:
 
 
 def _member_text(member: admin_pb2.MemberStatus) -> str:
-    speed = f"{member.inner_step_us / 1000:.1f} ms a step" if member.HasField("inner_step_us") else "speed not known yet"
+    speed = (
+        f"{member.inner_step_us / 1000:.1f} ms a step" if member.HasField("inner_step_us") else "speed not known yet"
+    )
     return (
         f"worker {member.worker_index} {member.worker_id}: {speed}, {member.inner_steps} inner steps a round, "
         f"{member.pushes_applied} pushes, silent for {member.silent_ms / 1000:.1f} s"

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -18,6 +18,7 @@ import grpc
 import torch
 
 from paceline.channels import Access, backoff_s, error_of
+from paceline.codec_threads import in_codec_thread
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import NotAMemberError, PacelineError, UnavailableError
@@ -144,7 +145,7 @@ class ShardConnection:
         """
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
-        update = asyncio.get_running_loop().create_future()
+        update: asyncio.Future[ReceivedUpdate] = asyncio.get_running_loop().create_future()
         unanswered = _Unanswered(push, update)
         self._unanswered[push.fragment, push.seq] = unanswered
         self._to_send.append(unanswered)
@@ -163,22 +164,22 @@ class ShardConnection:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(PacelineError):
-            await self._call(lambda: self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata))
+            await self._call(
+                self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata)
+            )
         await self._channel.close()
 
     async def _join(self) -> None:
         request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker)
-        answer = await self._call(
-            lambda: self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata)
-        )
+        answer = await self._call(self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata))
         self.worker_index = answer.worker_index
         self.inner_steps = answer.inner_steps
         self.active_workers = answer.active_workers
         self._lease_s = answer.lease_ms / 1000
 
-    async def _call(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    async def _call(self, call: Awaitable[_Answer]) -> _Answer:
         try:
-            return await call()
+            return await call
         except grpc.RpcError as error:
             raise error_of(error, self.target) from error
 
@@ -187,9 +188,7 @@ class ShardConnection:
             await asyncio.sleep(self._lease_s / HEARTBEATS_PER_LEASE)
             request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
             try:
-                answer = await self._call(
-                    lambda request=request: self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata)
-                )
+                answer = await self._call(self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata))
                 self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
             except NotAMemberError:
                 with suppress(UnavailableError):
@@ -252,7 +251,9 @@ class ShardConnection:
             raise error_of(error, self.target) from error
         except asyncio.InvalidStateError as error:
             # grpc.aio's writes say so when the stream has ended meanwhile; the status tells why.
-            raise UnavailableError(f"{self.target} ended the stream: {await call.details() or 'no reason given'}") from error
+            raise UnavailableError(
+                f"{self.target} ended the stream: {await call.details() or 'no reason given'}"
+            ) from error
         finally:
             for part in parts:
                 part.cancel()
@@ -297,7 +298,7 @@ class ShardConnection:
             return
         payload = assembly.payload()
         num_elements = self._num_elements(announced.fragment)
-        values = await asyncio.to_thread(codecs.decode, assembly.codec, payload, num_elements)
+        values = await in_codec_thread(codecs.decode, assembly.codec, payload, num_elements)
         self._answered_on_stream = True
         if unanswered.update.done():
             return

@@ -1,7 +1,7 @@
 """A joined worker's exchange: moves the rounds on the exchange thread, beside the training thread.
 
 The way of a round: the training thread hands over where each fragment started and ended; a codec thread subtracts,
-encodes, and proposes a new start that includes the own push; the connection sends until the server answers; the codec
+encodes, and proposes a new start that includes the own push; the connection sends until the server answers; a codec
 thread takes the answer in and proposes the start that follows from it. Fragments go through this one after the other,
 overlapping.
 """
@@ -9,7 +9,7 @@ overlapping.
 import asyncio
 import logging
 from collections.abc import Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from paceline.channels import Access
+from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush, ReceivedUpdate
 from paceline.eager import Estimate, LocalContinuation, NoEstimate, OwnOuterStep, PreparedPush, WorkerFragment
 from paceline.fragments import manifest_of
@@ -107,7 +108,6 @@ class Exchanger:
         self.traffic = Traffic()
         self._settings = settings
         self._loop = exchange_loop()
-        self._codec_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-codec")
         self._session: Session | None = None
         try:
             session = self._wait_for(open_session(address, settings.access))
@@ -132,14 +132,15 @@ class Exchanger:
         self.inner_steps = first.inner_steps
         self._num_workers = session.configuration.schedule.quota or first.active_workers
         self.states = [FragmentState(fragment, tensors) for fragment in manifest.fragments]
-        self._fragments: list[WorkerFragment] = []
-        self.starts: list[RoundStart] = []
-        for fragment, state in zip(manifest.fragments, self.states, strict=True):
-            values, base_bin = self._wait_for(session.fetch(fragment, self._downlink))
-            self._fragments.append(
-                WorkerFragment(base=values, bin=base_bin, codec=self._uplink, estimate=self._estimate(fragment))
-            )
-            self.starts.append(RoundStart(state, state.write(values)))
+        self._locks = [asyncio.Lock() for _ in manifest.fragments]
+        bases = self._wait_for(session.fetch_all(self._downlink))
+        self._fragments = [
+            WorkerFragment(base=values, bin=base_bin, codec=self._uplink, estimate=self._estimate(fragment))
+            for fragment, (values, base_bin) in zip(manifest.fragments, bases, strict=True)
+        ]
+        self.starts = [
+            RoundStart(state, state.write(values)) for state, (values, _) in zip(self.states, bases, strict=True)
+        ]
         self._wait_for(self._begin_exchange(session))
 
     @property
@@ -150,7 +151,9 @@ class Exchanger:
     @property
     def window(self) -> int:
         """Rounds that may be in flight before the training thread waits."""
-        return 1 if self._settings.overlap is Overlap.BLOCKING else max(1, self._connected().configuration.exchange.window)
+        return (
+            1 if self._settings.overlap is Overlap.BLOCKING else max(1, self._connected().configuration.exchange.window)
+        )
 
     def report_speed(self, inner_step_s: float) -> None:
         """Tell the server, with the next messages, the mean seconds of recent inner steps."""
@@ -170,7 +173,6 @@ class Exchanger:
         """Leave the run. Closing twice is not an error."""
         if self._session is not None:
             self._wait_for(self._session.close())
-        self._codec_thread.shutdown()
 
     async def _begin_exchange(self, session: Session) -> None:
         for connection in session.connections:
@@ -182,8 +184,8 @@ class Exchanger:
         self.traffic.rounds += 1
 
     async def _fragment_round(self, index: int, start: Snapshot, end: Snapshot) -> None:
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._codec_thread, self._prepare, index, start, end)
+        async with self._locks[index]:
+            prepared = await in_codec_thread(self._prepare, index, start, end)
         push = OutgoingPush(
             fragment=index,
             seq=prepared.seq,
@@ -192,14 +194,15 @@ class Exchanger:
             payload=prepared.payload,
         )
         update = await self._connected().connection_of(index).push(push)
-        await loop.run_in_executor(self._codec_thread, self._take_in, index, prepared.seq, update)
+        async with self._locks[index]:
+            await in_codec_thread(self._take_in, index, prepared.seq, update)
         self._count(prepared, update)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota
 
     def _prepare(self, index: int, start: Snapshot, end: Snapshot) -> PreparedPush:
-        """On the codec thread: encode a fragment's outer gradient, and propose a start that includes it."""
+        """On a codec thread: encode a fragment's outer gradient, and propose a start that includes it."""
         fragment = self._fragments[index]
         prepared = fragment.push(start.wait() - end.wait(), self._num_workers)
         if self._settings.overlap is not Overlap.BLOCKING:
@@ -207,7 +210,7 @@ class Exchanger:
         return prepared
 
     def _take_in(self, index: int, seq: int, update: ReceivedUpdate) -> None:
-        """On the codec thread: take the answer in, and propose the start that follows from it."""
+        """On a codec thread: take the answer in, and propose the start that follows from it."""
         fragment = self._fragments[index]
         applied = update.refusal is None
         fragment.receive(seq, update.values, update.bin, applied=applied)

@@ -37,9 +37,7 @@ def exchanged(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def manifest_of(
-    tensors: Mapping[str, torch.Tensor], averaged: Collection[str], fragment_elements: int
-) -> Manifest:
+def manifest_of(tensors: Mapping[str, torch.Tensor], averaged: Collection[str], fragment_elements: int) -> Manifest:
     """The manifest of exchanged tensors.
 
     Args:

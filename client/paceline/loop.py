@@ -15,7 +15,7 @@ _loop: asyncio.AbstractEventLoop | None = None
 
 def exchange_loop() -> asyncio.AbstractEventLoop:
     """The running loop; hand it work with asyncio.run_coroutine_threadsafe."""
-    global _loop  # noqa: PLW0603  # one loop a process is the point
+    global _loop
     with _starting:
         if _loop is None:
             _loop = uvloop.new_event_loop()

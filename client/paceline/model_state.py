@@ -96,7 +96,7 @@ class FragmentState:
             for segment in fragment.segments
         ]
         self._device = tensors[fragment.segments[0].tensor].device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch has no types here
 
     def read(self) -> Snapshot:
         """The values as they are now. Called on the training thread, which does not wait for the copy."""

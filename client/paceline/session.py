@@ -12,6 +12,7 @@ import grpc.aio
 import torch
 
 from paceline.channels import Access, backoff_s, error_of, split_address
+from paceline.codec_threads import in_codec_thread
 from paceline.connection import CALL_S, ShardConnection
 from paceline.fragments import gather
 from paceline_wire import PROTOCOL_VERSION, codecs
@@ -25,12 +26,16 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Fragment, Manifest
+from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import Receiver, payload_message, pieces
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _Answer = TypeVar("_Answer")
+
+MAX_FETCHES = 4
+"""Fragments fetched at once: enough to hide a long round trip, few enough to bound memory."""
 
 REACH_S = 30.0
 """Seconds that a run gets to come up: server and workers are usually started together."""
@@ -123,11 +128,21 @@ class Session:
                 assembly = receiver.add(message.data)
                 if assembly is not None and announced is not None:
                     payload = assembly.payload()
-                    values = await asyncio.to_thread(codecs.decode, assembly.codec, payload, fragment.num_elements)
+                    values = await in_codec_thread(codecs.decode, assembly.codec, payload, fragment.num_elements)
                     return values, int(announced.bin)
         except grpc.RpcError as error:
             raise error_of(error, self.targets[shard]) from error
         raise UnavailableError(f"{self.targets[shard]} ended the fetch of fragment {fragment.index} early")
+
+    async def fetch_all(self, codec: Codec) -> list[tuple[torch.Tensor, int]]:
+        """Every fragment's current values and bin, in the order of the plan; see `fetch`."""
+        streams = asyncio.Semaphore(MAX_FETCHES)
+
+        async def fetch(fragment: Fragment) -> tuple[torch.Tensor, int]:
+            async with streams:
+                return await self.fetch(fragment, codec)
+
+        return list(await asyncio.gather(*(fetch(fragment) for fragment in self.require_manifest().fragments)))
 
     async def statuses(self) -> list[admin_pb2.StatusResponse]:
         """Every shard's status.
@@ -158,7 +173,7 @@ class Session:
             yield pb.InitializeRequest(start=start)
             codec = codecs.codec("fp32")
             for fragment in manifest.fragments_of_shard(shard, len(self.targets)):
-                payload = await asyncio.to_thread(lambda f=fragment: codecs.encode(codec, gather(f, tensors)))
+                payload = await in_codec_thread(lambda f: codecs.encode(codec, gather(f, tensors)), fragment)
                 announced: pb.InitializeFragment | None = pb.InitializeFragment(
                     fragment=fragment.index, payload=payload_message(codec, payload)
                 )
@@ -200,6 +215,7 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
         UnavailableError: The shard could not be reached in that time.
         PacelineError: The shard refuses this client; the text says why.
     """
+    keep_large_buffers()
     host, _ = split_address(address)
     channel = access.channel(address)
     try:
@@ -221,9 +237,10 @@ async def _describe(
     request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
     description = await _called(stub.Describe(request, timeout=CALL_S, metadata=access.metadata), target)
     if description.protocol_version != PROTOCOL_VERSION:
+        older = "client" if description.protocol_version > PROTOCOL_VERSION else "server"
         raise ProtocolVersionError(
             f"{target} speaks protocol version {description.protocol_version} and this client version "
-            f"{PROTOCOL_VERSION}: upgrade the {'client' if description.protocol_version > PROTOCOL_VERSION else 'server'}"
+            f"{PROTOCOL_VERSION}: upgrade the {older}"
         )
     if not description.shards:
         raise InvalidInputError(f"{target} does not say where the run's shards are; is it still starting?")

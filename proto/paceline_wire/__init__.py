@@ -1,4 +1,4 @@
-"""What both sides must agree on byte for byte: messages, codecs, the manifest and the errors; nothing knows of sockets."""
+"""What both sides must agree on byte for byte: messages, codecs, manifest and errors; nothing knows of sockets."""
 
 PROTOCOL_VERSION = 1
 """Version of the exchange protocol. Peers of different versions refuse each other with a sentence."""

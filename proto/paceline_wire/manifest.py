@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS
 from paceline_wire.errors import InvalidInputError
@@ -54,7 +54,9 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not 0 < len(self.name.encode()) <= MAX_NAME_BYTES:
-            raise InvalidInputError(f"tensor name of {len(self.name.encode())} bytes; allowed are 1 to {MAX_NAME_BYTES}")
+            raise InvalidInputError(
+                f"tensor name of {len(self.name.encode())} bytes; allowed are 1 to {MAX_NAME_BYTES}"
+            )
         if self.dtype not in _DTYPES:
             raise InvalidInputError(
                 f"tensor {self.name!r} is {self.dtype}; only {', '.join(_DTYPES)} can be exchanged: "
@@ -132,7 +134,7 @@ class Manifest:
         if len(self.tensors) > MAX_TENSORS:
             raise InvalidInputError(f"the manifest has {len(self.tensors)} tensors; at most {MAX_TENSORS} are allowed")
         names = [tensor.name for tensor in self.tensors]
-        for before, after in zip(names, names[1:], strict=False):
+        for before, after in pairwise(names):
             if before >= after:
                 raise InvalidInputError(
                     f"tensor {after!r} follows {before!r}; names must be unique and in ascending order"

@@ -20,13 +20,13 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 def payload_message(codec: Codec, payload: torch.Tensor) -> pb.Payload:
     """Announce an encoding (uint8 [n]), with its checksum."""
     return pb.Payload(
-        codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(memoryview(payload.numpy()))
+        codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(payload.numpy().data)
     )
 
 
 def pieces(payload: torch.Tensor) -> Iterator[bytes]:
     """The payload (uint8 [n]) in order, in pieces of MESSAGE_BYTES; one empty piece if it is empty."""
-    view = memoryview(payload.numpy())
+    view = payload.numpy().data
     for start in range(0, max(len(view), 1), MESSAGE_BYTES):
         yield bytes(view[start : start + MESSAGE_BYTES])
 
@@ -52,7 +52,7 @@ class Assembly:
             )
         self._crc32 = announced.crc32 if announced.HasField("crc32") else None
         self._buffer = torch.empty(expected, dtype=torch.uint8)
-        self._view = memoryview(self._buffer.numpy())
+        self._view = self._buffer.numpy().data
         self._filled = 0
 
     def add(self, data: bytes) -> None:

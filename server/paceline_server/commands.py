@@ -1,9 +1,9 @@
 """The server's commands: serve."""
 
 import json
-import threading
 import signal
 import sys
+import threading
 
 import click
 import uvloop
@@ -13,6 +13,13 @@ from paceline_server.options import server_config_options
 from paceline_server.processes import ShardProcesses
 from paceline_server.server import ShardServer
 from paceline_server.shard_process import shard_addresses, stop_signal
+
+
+LOOK_EVERY_S = 0.2
+"""Seconds between looks at whether every shard's process is still there."""
+
+ENDED_BY_ITSELF = 70
+"""Exit code when a shard's process ended without being asked: an internal failure, as in `paceline --help`."""
 
 
 @click.command()
@@ -47,16 +54,14 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
     shards = ShardProcesses(config)
     shards.start()
     _announce(config, shards.ports, as_json)
-    watchers = [threading.Thread(target=lambda p=process: (p.wait(), stopping.set()), daemon=True) for process in shards.processes]
-    for watcher in watchers:
-        watcher.start()
-    stopping.wait()
-    ended_early = [index for index, process in enumerate(shards.processes) if process.poll() is not None]
+    while not stopping.wait(LOOK_EVERY_S) and not shards.ended():
+        continue
+    ended = shards.ended()
     code = shards.stop()
-    if ended_early:
-        click.echo(f"Error: shard {ended_early[0]} ended by itself with code {code}; the others were stopped", err=True)
-        return code or 1
-    return code
+    if not ended:
+        return code
+    click.echo(f"Error: shard {ended[0]} ended by itself; its state is lost, and the others were stopped", err=True)
+    return ENDED_BY_ITSELF
 
 
 def _announce(config: ServerConfig, ports: list[int], as_json: bool) -> None:

@@ -191,16 +191,12 @@ def decide_push(
     return _settle(schedule, replace(ledger, quota=quota), now, roster, push, contribution=contribution)
 
 
-def decide_close(
-    schedule: Schedule, ledger: Ledger, now: float, roster: Roster
-) -> tuple[Decision, Ledger] | None:
+def decide_close(schedule: Schedule, ledger: Ledger, now: float, roster: Roster) -> tuple[Decision, Ledger] | None:
     """Close the issuing bin if time or a change of membership has made that due; None if it has not."""
     reason = _close_reason(schedule, ledger, now, roster)
     if reason is None:
         return None
-    decision = Decision(
-        outcome=Outcome.CLOSED, bins_opened_before=ledger.issuing_bin - ledger.open_bin, reason=reason
-    )
+    decision = Decision(outcome=Outcome.CLOSED, bins_opened_before=ledger.issuing_bin - ledger.open_bin, reason=reason)
     return _close(schedule, replace(ledger, open_bin=ledger.issuing_bin), now, roster, decision)
 
 

@@ -75,7 +75,9 @@ class Membership:
                 f"worker_id {worker[:128]!r} is not allowed: use 1 to 128 letters, digits, '.', '_', ':' or '-'"
             )
         if incarnation < 1:
-            raise InvalidInputError(f"incarnation {incarnation} of worker {worker!r} is not allowed: it must be positive")
+            raise InvalidInputError(
+                f"incarnation {incarnation} of worker {worker!r} is not allowed: it must be positive"
+            )
         self._refuse_superseded(worker, incarnation)
         known = self._members.get(worker)
         if known is not None and known.incarnation == incarnation:
@@ -98,7 +100,9 @@ class Membership:
         self._refuse_superseded(worker, incarnation)
         member = self._members.get(worker)
         if member is None or member.incarnation != incarnation:
-            raise NotAMemberError(f"worker {worker!r} is not a member: it has not joined, or its lease ran out; join again")
+            raise NotAMemberError(
+                f"worker {worker!r} is not a member: it has not joined, or its lease ran out; join again"
+            )
         return self._renew(member, now)
 
     def report_speed(self, worker: str, inner_step_s: float) -> None:

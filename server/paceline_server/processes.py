@@ -48,6 +48,10 @@ class ShardProcesses:
             self.stop()
             raise
 
+    def ended(self) -> list[int]:
+        """Indexes of the shards whose processes have ended."""
+        return [index for index, process in enumerate(self.processes) if process.poll() is not None]
+
     def stop(self) -> int:
         """Let every shard finish and wait for it; the highest exit code."""
         for process in self.processes:
@@ -89,7 +93,10 @@ def _with_secrets(config: ServerConfig) -> dict[str, Any]:
 
 def _started() -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "paceline_server.shard_process"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own
+    # A group of its own: Ctrl-C in a terminal reaches the starter alone, which then stops the shards.
+    return subprocess.Popen(  # noqa: S603  # the command is ours
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    )
 
 
 def _tell(process: "subprocess.Popen[str]", message: Mapping[str, object]) -> None:
@@ -101,7 +108,9 @@ def _tell(process: "subprocess.Popen[str]", message: Mapping[str, object]) -> No
 def _next_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
     line = process.stdout.readline() if process.stdout is not None else ""
     if not line:
-        raise UnavailableError(f"a shard's process ended with code {process.wait()} before it served; see its messages above")
+        raise UnavailableError(
+            f"a shard's process ended with code {process.wait()} before it served; see its messages above"
+        )
     message: dict[str, Any] = json.loads(line)
     if "error" in message:
         raise ConfigurationError(message["error"])

@@ -20,6 +20,7 @@ from paceline_server.service import ParameterServerService
 from paceline_server.shard import Shard
 from paceline_wire import codecs
 from paceline_wire.errors import ConfigurationError
+from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -51,6 +52,7 @@ class ShardServer:
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
+        keep_large_buffers()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
         self._config = config

@@ -95,9 +95,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         )
 
     @with_status
-    async def Initialize(
-        self, request: AsyncIterator[pb.InitializeRequest], context: Context
-    ) -> pb.InitializeResponse:
+    async def Initialize(self, request: AsyncIterator[pb.InitializeRequest], context: Context) -> pb.InitializeResponse:
         """Take the first parameters, or say that they are here already."""
         async for message in request:
             if not message.HasField("start"):
@@ -161,9 +159,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         membership.require(self._engine.clock(), worker, request.worker.incarnation)
         if request.HasField("inner_step_us"):
             membership.report_speed(worker, request.inner_step_us / 1e6)
-        return pb.HeartbeatResponse(
-            inner_steps=membership.inner_steps(worker), active_workers=len(membership.active)
-        )
+        return pb.HeartbeatResponse(inner_steps=membership.inner_steps(worker), active_workers=len(membership.active))
 
     @with_status
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -190,7 +186,9 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         except PacelineError as error:
             await abort(context, error)
 
-    async def Exchange(self, request: AsyncIterator[pb.ExchangeRequest], context: Context) -> None:
+    async def Exchange(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
+        self, request: AsyncIterator[pb.ExchangeRequest], context: Context
+    ) -> None:
         """Serve one worker's pushes and updates."""
         try:
             stream = await self._open(request, context)

@@ -77,7 +77,7 @@ def demo(
         settings=DemoSettings(workers=workers, seconds=seconds, seed=seed, delay_ms=delay_ms, rate_mbit=rate_mbit)
     )
     progress = Console(stderr=as_json)
-    progress.print(PACING_NOTE, highlight=False)
+    progress.print(PACING_NOTE, highlight=False, soft_wrap=not progress.is_terminal)
     try:
         asyncio.run(_run(state, progress, with_single=single))
     except ChildFailedError as error:

@@ -95,7 +95,7 @@ async def _train_together(
         async with asyncio.TaskGroup() as working:
             for worker, worker_state in zip(workers, state.workers, strict=True):
                 working.create_task(_follow(worker, worker_state, state, changed))
-        state.training_s = time.monotonic() - start_s
+        state.training_s = max(worker_state.elapsed_s for worker_state in state.workers)
         watching.cancel()
         observing.cancel()
         base = await observer.fetch()

@@ -22,7 +22,7 @@ class WorkerState:
     slowness: float = 1.0
     """How many times slower than the fastest it is paced."""
     elapsed_s: float = 0.0
-    """Its training time."""
+    """Time since the word to start; for the lone worker without its evaluations."""
     steps: int = 0
     """Inner steps so far."""
     overruns: int = 0

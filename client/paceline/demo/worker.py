@@ -1,7 +1,8 @@
 """A worker process of the demo: `python -m paceline.demo.worker`, joined to a run or alone.
 
 It prints one JSON object per line: `ready` once it could start, then, after a line on its standard input, `progress`
-about once a second, `trained` when its time is over, and `done` at last. When its standard input ends it stops, so that none outlives the demo.
+about once a second, `trained` when its time is over, and `done` at last. When its standard input ends it stops, so that
+none outlives the demo.
 """
 
 import json
