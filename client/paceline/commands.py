@@ -1,18 +1,21 @@
-"""The client's commands that look at a running server: status and export."""
+"""The client's commands that look at a running server: status and export.
+
+torch and grpc are imported by the functions that need them: `paceline --help` loads this module too.
+"""
 
 import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import safetensors.torch
-import torch
-from google.protobuf.json_format import MessageToDict
 
-from paceline.client import Client, connect
-from paceline_wire.v1 import admin_pb2
+if TYPE_CHECKING:
+    import torch
+
+    from paceline.client import Client
+    from paceline_wire.v1 import admin_pb2
 
 REACH_S = 5.0
 """Seconds that an operator waits for a server that cannot be reached."""
@@ -53,6 +56,8 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object about what was written.")
 def export(address: str, token: str | None, tls: bool, tls_ca: str | None, output: Path, as_json: bool) -> None:
     """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes."""
+    import safetensors.torch
+
     tensors = asyncio.run(_parameters(address, token, tls_ca or tls))
     safetensors.torch.save_file(tensors, output)
     elements = sum(tensor.numel() for tensor in tensors.values())
@@ -62,23 +67,31 @@ def export(address: str, token: str | None, tls: bool, tls_ca: str | None, outpu
     click.echo(f"wrote {len(tensors)} tensors with {elements:,} elements to {output}")
 
 
-async def _statuses(address: str, token: str | None, tls: str | bool) -> list[admin_pb2.StatusResponse]:
+async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[admin_pb2.StatusResponse]":
+    from paceline.client import connect
+
     async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
         return await client.statuses()
 
 
-async def _parameters(address: str, token: str | None, tls: str | bool) -> dict[str, torch.Tensor]:
+async def _parameters(address: str, token: str | None, tls: str | bool) -> "dict[str, torch.Tensor]":
+    from paceline.client import connect
+
     async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
         base = await client.fetch()
         return _in_model_dtypes(client, base.tensors)
 
 
-def _in_model_dtypes(client: Client, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _in_model_dtypes(client: "Client", tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    import torch
+
     specs = client.manifest.tensors if client.manifest is not None else ()
     return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
 
 
-def _as_mapping(shard: admin_pb2.StatusResponse) -> dict[str, Any]:
+def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
     # protobuf writes 64-bit numbers as strings; scripts want numbers.
     mapping = MessageToDict(shard, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     return {key: _number(value) for key, value in mapping.items()}
@@ -90,7 +103,7 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _shard_text(shard: admin_pb2.StatusResponse) -> str:
+def _shard_text(shard: "admin_pb2.StatusResponse") -> str:
     if not shard.initialized:
         return f"shard {shard.shard_index}: not initialized; the first worker to join gives it its parameters"
     late = shard.bins_late_total / max(shard.pushes_applied, 1)
@@ -103,7 +116,7 @@ def _shard_text(shard: admin_pb2.StatusResponse) -> str:
     )
 
 
-def _member_text(member: admin_pb2.MemberStatus) -> str:
+def _member_text(member: "admin_pb2.MemberStatus") -> str:
     speed = (
         f"{member.inner_step_us / 1000:.1f} ms a step" if member.HasField("inner_step_us") else "speed not known yet"
     )

@@ -1,4 +1,7 @@
-"""The server's commands: serve."""
+"""The server's commands: serve.
+
+torch and grpc are imported by the functions that need them: `paceline --help` loads this module too.
+"""
 
 import json
 import signal
@@ -11,9 +14,6 @@ import uvloop
 from paceline_server.config import ServerConfig
 from paceline_server.options import server_config_options
 from paceline_server.processes import ShardProcesses
-from paceline_server.server import ShardServer
-from paceline_server.shard_process import shard_addresses, stop_signal
-
 
 LOOK_EVERY_S = 0.2
 """Seconds between looks at whether every shard's process is still there."""
@@ -37,6 +37,9 @@ def serve(config: ServerConfig, as_json: bool) -> None:
 
 
 async def _serve_here(config: ServerConfig, as_json: bool) -> None:
+    from paceline_server.server import ShardServer
+    from paceline_server.shard_process import shard_addresses, stop_signal
+
     stopping = stop_signal()
     server = ShardServer(config, index=0)
     port = server.bind()

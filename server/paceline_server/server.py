@@ -102,8 +102,9 @@ class ShardServer:
         """Stop: take nothing new, finish and acknowledge what has begun, end the streams."""
         _log.info("stopping: finishing what has begun")
         await self._health.enter_graceful_shutdown()
-        await self._service.drain()
-        await self._server.stop(DRAIN_S)
+        # A worker on a dead link would never take its answers; it asks for them again when the shard is back.
+        await asyncio.wait({asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
+        await self._server.stop(grace=1.0)
         if self._watch is not None:
             self._watch.cancel()
         await self._engine.finish()

@@ -29,12 +29,10 @@ class Child:
         self._stderr = stderr
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield what the child prints, until it closes its output and has exited with 0.
-
-        Lines that aren't JSON objects are passed over.
+        """Yield what the child prints until it closes its output; lines that aren't JSON objects are passed over.
 
         Raises:
-            ChildFailedError: It exited with anything else.
+            ChildFailedError: It then exited with anything but 0.
         """
         assert self._process.stdout is not None  # noqa: S101  # it was started with a pipe
         while line := await self._process.stdout.readline():
@@ -42,19 +40,46 @@ class Child:
                 if isinstance(event := json.loads(line), dict):
                     yield event
         if await self._process.wait() != 0:
-            raise self._failure()
+            raise self.failure()
 
-    async def expect(self, event: str) -> dict[str, Any]:
-        """Return the next event of this kind.
+    async def events_until(self, last: str) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield what the child prints, up to and including the first event of the kind `last`.
 
         Raises:
-            ChildFailedError: The child ended before it.
+            ChildFailedError: It ended without one.
         """
         async with contextlib.aclosing(self.events()) as events:
-            async for found in events:
-                if found.get("event") == event:
-                    return found
-        raise self._failure()
+            async for event in events:
+                yield event
+                if event.get("event") == last:
+                    return
+        raise self.failure()
+
+    async def expect(self, kind: str) -> dict[str, Any]:
+        """Pass over what the child prints until an event of this kind, and return that.
+
+        Raises:
+            ChildFailedError: It ended without one.
+        """
+        return [event async for event in self.events_until(kind)][-1]
+
+    async def finish(self) -> None:
+        """Wait until the child has ended by itself.
+
+        Raises:
+            ChildFailedError: It exited with anything but 0.
+        """
+        async for _ in self.events():
+            pass
+
+    def failure(self) -> ChildFailedError:
+        """Return the error that says how this child, which has ended, went wrong."""
+        self._stderr.seek(0)
+        tail = self._stderr.read().decode(errors="replace").splitlines()[-STDERR_TAIL_LINES:]
+        code = self._process.returncode
+        how = "ended too early" if code in (None, 0) else f"failed with exit code {code}"
+        words = "; its last words:" if tail else ", without a word"
+        return ChildFailedError("\n".join([f"{self.name} {how}{words}", *(f"  {line}" for line in tail)]))
 
     def send_line(self, text: str) -> None:
         """Write a line to the child's standard input."""
@@ -83,13 +108,6 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         self._stderr.close()
-
-    def _failure(self) -> ChildFailedError:
-        self._stderr.seek(0)
-        tail = self._stderr.read().decode(errors="replace").splitlines()[-STDERR_TAIL_LINES:]
-        code = self._process.returncode
-        how = "ended too early" if code in (None, 0) else f"failed with exit code {code}"
-        return ChildFailedError("\n".join([f"{self.name} {how}; its last words:", *(f"  {line}" for line in tail)]))
 
 
 class Children:

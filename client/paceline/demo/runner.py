@@ -9,7 +9,7 @@ import torch
 import paceline
 from paceline.demo.data import held_out_batch, load_corpus
 from paceline.demo.model import build_model, evaluate
-from paceline.demo.processes import Child, ChildFailedError, Children
+from paceline.demo.processes import Child, Children
 from paceline.demo.state import DemoState, Point, WorkerState
 from paceline_wire.errors import NotInitializedError
 
@@ -100,6 +100,7 @@ async def _train_together(
         observing.cancel()
         base = await observer.fetch()
     state.curve.append(Point(state.training_s, await evaluator.evaluate(base.tensors)))
+    await asyncio.gather(*(worker.finish() for worker in workers))
     links.close_input()
     closed = await links.expect("closed")
     state.link_bytes_up, state.link_bytes_down = sum(closed["bytes_up"]), sum(closed["bytes_down"])
@@ -126,19 +127,16 @@ async def _train_alone(state: DemoState, children: Children, changed: Callable[[
     await worker.expect("ready")
     worker.send_line("start")
     await _follow(worker, state.single, state, changed)
+    await worker.finish()
 
 
 async def _follow(worker: Child, worker_state: WorkerState, state: DemoState, changed: Callable[[], None]) -> None:
-    """Take over a worker's reports until it is done; its own evaluations are points of the lone worker's curve."""
-    done = False
-    async for event in worker.events():
+    """Take over a worker's reports until it is done; a loss among them is a point of the lone worker's curve."""
+    async for event in worker.events_until("done"):
         worker_state.update(event)
         if "loss" in event:
             state.single_curve.append(Point(event["elapsed_s"], event["loss"]))
-        done = done or event["event"] == "done"
         changed()
-    if not done:
-        raise ChildFailedError(f"{worker.name} ended before it was done")
 
 
 async def _observe(
@@ -158,9 +156,8 @@ async def _observe(
 
 
 async def _must_go_on(server: Child) -> None:
-    async for _ in server.events():
-        pass
-    raise ChildFailedError(f"{server.name} ended before the workers did")
+    await server.finish()
+    raise server.failure()
 
 
 def _first_leaf(group: ExceptionGroup) -> Exception:

@@ -56,7 +56,7 @@ def train_alone(settings: DemoSettings, corpus: Corpus) -> None:
     next_mark_s = settings.evaluation_interval_s
     for result in train(model, optimizer, corpus.train, settings, pacer, stream=LONE_STREAM):
         report.after_step(result)
-        if result.elapsed_s >= next_mark_s:
+        if next_mark_s <= result.elapsed_s < settings.seconds:
             next_mark_s += settings.evaluation_interval_s
             with pacer.stopped_clock():
                 report.print("evaluation", loss=evaluate(model, *held_out))
