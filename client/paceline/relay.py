@@ -175,7 +175,7 @@ class Relay:
         return len(cut)
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=CHUNK_BYTES)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=CHUNK_BYTES)
         return self
 
     async def __aexit__(
@@ -188,26 +188,31 @@ class Relay:
         self.cut()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None or self._server is None:  # accepted while the relay was being left
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # accepted while the relay was being left
             _reset(writer)
             return
         self.num_accepted += 1
-        writers = self._live[task] = [writer]
+        # A task of our own: a stream server would log the one that it makes of a coroutine when `cut` cancels it.
+        writers = [writer]
+        self._live[asyncio.create_task(self._carry(reader, writers))] = writers
+
+    async def _carry(self, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]) -> None:
+        """Carry one connection's bytes until both ends have half-closed or one is lost."""
         try:
             target_reader, target_writer = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
             writers.append(target_writer)
             async with asyncio.TaskGroup() as group:
                 group.create_task(Pipe(self.up, reader, target_writer).run())
-                group.create_task(Pipe(self.down, target_reader, writer).run())
-            for each in writers:
-                each.close()
+                group.create_task(Pipe(self.down, target_reader, writers[0]).run())
+            for writer in writers:
+                writer.close()
         except* OSError:  # one side is gone, or never was there: tell the other the same way
-            for each in writers:
-                _reset(each)
+            for writer in writers:
+                _reset(writer)
         finally:
-            self._live.pop(task, None)
+            if (task := asyncio.current_task()) is not None:
+                self._live.pop(task, None)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -223,7 +223,10 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
         description = await _persistently(lambda: _describe(stub, access, address), reach_s)
     finally:
         await channel.close()
-    return Session(access, description, [f"{shard.host or host}:{shard.port}" for shard in description.shards])
+    targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
+    if description.shard_index < len(targets):
+        targets[description.shard_index] = address  # the way that works, through forwarded ports and relays, too
+    return Session(access, description, targets)
 
 
 def new_worker(worker_id: str) -> pb.Worker:

@@ -17,6 +17,8 @@ Rules:
    next bin. A late push is answered at once.
 5. (worker, incarnation, seq) is decided once. Seen again, it is answered again, or goes on waiting.
 6. A refused push counts as its worker's contribution, so that nobody waits for a worker whose numbers went bad.
+7. A push enters with 1 / quota of the learning rate. Without a set quota that is the workers active when the bin began,
+   or as many as there have been since: those who join during a bin push to it too.
 """
 
 from collections.abc import Mapping
@@ -24,10 +26,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from paceline_server.outer import Contribution
-from paceline_wire.errors import InvalidInputError
+from paceline_wire.errors import InvalidInputError, SupersededError
 
 GRACE_SHARE = 0.25
 """A quorum waits for the others for this share of the time that recent bins took to reach their quorum."""
+
+REFUSALS_REMEMBERED = 16
+"""Refusals kept of each worker: twice the rounds that may be in flight, so whatever is sent again gets its verdict."""
 
 _QUORUM_TIME_MEMORY = 0.8
 """Weight of the past in the running mean of the time to quorum: about the last five bins count."""
@@ -152,7 +157,8 @@ class Ledger:
         quota: Pushes that share the learning rate in issuing_bin; None before the first push.
         contributors: Workers whose pushes of issuing_bin are in (barrier, quorum).
         waiting: Their answers, in order of seq, to be completed and sent when the bin closes.
-        answered: Each worker's last answer.
+        answered: Each worker's newest answer.
+        refused: Each worker's latest refusals, for pushes that are sent again after newer ones were answered.
         bin_began_s: When issuing_bin got its first push.
         quorum_s: When issuing_bin reached its quorum.
         time_to_quorum_s: Running mean of the seconds from a bin's first push to its quorum.
@@ -165,6 +171,7 @@ class Ledger:
     contributors: frozenset[str] = frozenset()
     waiting: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
     answered: Mapping[str, Answer] = field(default_factory=dict)
+    refused: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
     bin_began_s: float | None = None
     quorum_s: float | None = None
     time_to_quorum_s: float | None = None
@@ -177,8 +184,9 @@ def decide_push(
 
     Raises:
         InvalidInputError: Its seq is not the next one; nothing was decided.
+        SupersededError: A newer incarnation of the worker has pushed; nothing was decided.
     """
-    seen = _seen_before(ledger, push)
+    seen = _seen_before(schedule, ledger, push)
     if seen is not None:
         return seen, ledger
     if push.base_bin > ledger.issuing_bin and push.problem is None:
@@ -186,7 +194,7 @@ def decide_push(
         push = replace(push, problem=problem)
     if push.problem is not None:
         return _settle(schedule, ledger, now, roster, push, contribution=None)
-    quota = ledger.quota or _quota(schedule, roster)
+    quota = max(ledger.quota or 1, _quota(schedule, roster))
     contribution = Contribution(bins_late=ledger.issuing_bin - push.base_bin, share=1 / quota)
     return _settle(schedule, replace(ledger, quota=quota), now, roster, push, contribution=contribution)
 
@@ -207,26 +215,38 @@ def next_close_s(schedule: Schedule, ledger: Ledger) -> float | None:
     return ledger.quorum_s + _grace_s(ledger)
 
 
-def _seen_before(ledger: Ledger, push: PushRequest) -> Decision | None:
+def _seen_before(schedule: Schedule, ledger: Ledger, push: PushRequest) -> Decision | None:
     """The decision about a push that was decided before; None if this is the worker's next one."""
     answered = ledger.answered.get(push.worker)
-    if answered is not None and answered.incarnation == push.incarnation and push.seq <= answered.seq:
-        return Decision(
-            outcome=Outcome.DUPLICATE,
-            answers=(replace(answered, seq=push.seq),),
-            reason=f"push {push.seq} is in already; answered again",
-        )
     waiting = ledger.waiting.get(push.worker, ())
-    decided = [a.seq for a in (answered, *waiting) if a is not None and a.incarnation == push.incarnation]
-    newest = max(decided, default=0)
-    if push.seq <= newest:
-        reason = f"push {push.seq} is in already and waits for its bin to close"
-        return Decision(outcome=Outcome.DUPLICATE, reason=reason)
-    if push.seq != newest + 1:
+    decided = [*waiting, answered] if answered is not None else list(waiting)
+    newest_incarnation = max((answer.incarnation for answer in decided), default=0)
+    if push.incarnation < newest_incarnation:
+        raise SupersededError(
+            f"worker {push.worker!r} has pushed with a newer incarnation ({newest_incarnation}); "
+            f"this one ({push.incarnation}) must stop"
+        )
+    newest = max((answer.seq for answer in decided if answer.incarnation == push.incarnation), default=0)
+    if not 1 <= push.seq <= newest + 1:
         raise InvalidInputError(
             f"push {push.seq} of worker {push.worker!r} came where push {newest + 1} was due; send them in order"
         )
-    return None
+    if push.seq == newest + 1:
+        return None
+    key = (push.incarnation, push.seq)
+    if answered is None or any(key == (answer.incarnation, answer.seq) for answer in waiting):
+        reason = f"push {push.seq} is in already and waits for its bin to close"
+        return Decision(outcome=Outcome.DUPLICATE, reason=reason)
+    if push.seq != answered.seq:
+        refusals = ledger.refused.get(push.worker, ())
+        refusal = next((answer.refusal for answer in refusals if key == (answer.incarnation, answer.seq)), None)
+        answered = replace(answered, seq=push.seq, bins_late=0, refusal=refusal)
+    if schedule.kind is not ScheduleKind.ASYNC:
+        # It comes with the newest values, whose bin this is. Asynchronous answers keep the label that they were given:
+        # one for each push.
+        answered = replace(answered, bin=ledger.issuing_bin)
+    reason = f"push {push.seq} is in already; answered again"
+    return Decision(outcome=Outcome.DUPLICATE, answers=(answered,), reason=reason)
 
 
 def _settle(
@@ -355,7 +375,15 @@ def _close(
 
 
 def _with_answers(ledger: Ledger, answers: tuple[Answer, ...]) -> Ledger:
-    return replace(ledger, answered={**ledger.answered, **{answer.worker: answer for answer in answers}})
+    """Remember answers; one that was given after a newer push's does not hide that one."""
+    answered, refused = dict(ledger.answered), dict(ledger.refused)
+    for answer in answers:
+        before = answered.get(answer.worker)
+        if before is None or (before.incarnation, before.seq) < (answer.incarnation, answer.seq):
+            answered[answer.worker] = answer
+        if answer.refusal is not None:
+            refused[answer.worker] = (*refused.get(answer.worker, ()), answer)[-REFUSALS_REMEMBERED:]
+    return replace(ledger, answered=answered, refused=refused)
 
 
 def _grace_s(ledger: Ledger) -> float:

@@ -125,11 +125,11 @@ class Membership:
 
     def expire(self, now: float) -> list[str]:
         """End the memberships whose leases ran out; returns a sentence for each."""
-        expired = [member for member in self._members.values() if now - member.seen_s > self.lease_s]
+        expired = [member for member in self._members.values() if now >= member.seen_s + self.lease_s]
         for member in expired:
             del self._members[member.worker]
         return [
-            f"worker {member.worker} was silent for {now - member.seen_s:.1f} s, longer than its lease of "
+            f"worker {member.worker} was silent for {now - member.seen_s:.1f} s, the whole of its lease of "
             f"{self.lease_s:g} s, and no longer counts as active; {len(self._members)} active"
             for member in expired
         ]
@@ -147,7 +147,7 @@ class Membership:
         if not self._dynamic or member is None or member.inner_step_s is None:
             return self._inner_steps
         fastest_s = min(peer.inner_step_s for peer in self._members.values() if peer.inner_step_s is not None)
-        return max(1, math.floor(self._inner_steps * fastest_s / member.inner_step_s))
+        return max(1, math.floor(self._inner_steps * (fastest_s / member.inner_step_s)))
 
     def _renew(self, member: Member, now: float) -> Member:
         renewed = replace(member, seen_s=max(now, member.seen_s))
