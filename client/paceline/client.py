@@ -16,6 +16,7 @@ from paceline.session import REACH_S, Session, new_worker, open_session
 from paceline_wire import codecs
 from paceline_wire.errors import InvalidInputError, PushRefusedError
 from paceline_wire.manifest import Fragment, Manifest
+from paceline_wire.transfer import Outgoing, outgoing
 from paceline_wire.v1 import admin_pb2
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -144,14 +145,19 @@ class Client:
     ) -> ReceivedUpdate:
         index = fragment.index
         async with self._encoding:
-            encoded = await in_codec_thread(
-                lambda: codecs.compensate(self._uplink, gather(fragment, outer_gradient), self._residuals.get(index))
-            )
-        push = OutgoingPush(fragment=index, seq=seq, base_bin=base_bin, codec=self._uplink, payload=encoded.payload)
+            encoded, ready = await in_codec_thread(self._encode, fragment, outer_gradient)
+        push = OutgoingPush(fragment=index, seq=seq, base_bin=base_bin, outer_gradient=ready)
         update = await self._session.connection_of(index).push(push)
         if update.refusal is None:
             self._residuals[index] = encoded.residual
         return update
+
+    def _encode(
+        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor]
+    ) -> tuple[codecs.Encoded, Outgoing]:
+        values = gather(fragment, outer_gradient)
+        encoded = codecs.compensate(self._uplink, values, self._residuals.get(fragment.index))
+        return encoded, outgoing(self._uplink, encoded.payload)
 
     def _next_seq(self, fragment: int) -> int:
         self._seqs[fragment] = self._seqs.get(fragment, 0) + 1

@@ -23,7 +23,7 @@ from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import NotAMemberError, PacelineError, UnavailableError
 from paceline_wire.manifest import Manifest
-from paceline_wire.transfer import Assembly, Receiver, payload_message, pieces
+from paceline_wire.transfer import Assembly, Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -45,15 +45,13 @@ class OutgoingPush:
         fragment: The fragment's index.
         seq: Counts this incarnation's pushes to the fragment from 1.
         base_bin: The bin of the newest values that the worker held.
-        codec: How it is written.
-        payload: Its bytes (uint8 [n]); they MUST not change until the update comes.
+        outer_gradient: The encoding; its bytes MUST not change until the update comes.
     """
 
     fragment: int
     seq: int
     base_bin: int
-    codec: Codec
-    payload: torch.Tensor
+    outer_gradient: Outgoing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -272,10 +270,10 @@ class ShardConnection:
                     fragment=push.fragment,
                     seq=push.seq,
                     base_bin=push.base_bin,
-                    payload=payload_message(push.codec, push.payload),
+                    payload=push.outer_gradient.announced,
                     inner_step_us=self._inner_step_us(),
                 )
-                for piece in pieces(push.payload):
+                for piece in pieces(push.outer_gradient.payload):
                     await call.write(pb.ExchangeRequest(push=announced, data=piece))
                     announced = None
             self._has_work.clear()

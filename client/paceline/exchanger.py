@@ -19,7 +19,7 @@ import torch
 from paceline.channels import Access
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush, ReceivedUpdate
-from paceline.eager import Estimate, LocalContinuation, NoEstimate, OwnOuterStep, PreparedPush, WorkerFragment
+from paceline.eager import Estimate, LocalContinuation, NoEstimate, OwnOuterStep, WorkerFragment
 from paceline.fragments import manifest_of
 from paceline.loop import exchange_loop
 from paceline.model_state import FragmentState, Snapshot
@@ -28,6 +28,7 @@ from paceline.session import Session, new_worker, open_session
 from paceline_wire import codecs
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.manifest import Fragment
+from paceline_wire.transfer import outgoing
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -185,29 +186,27 @@ class Exchanger:
 
     async def _fragment_round(self, index: int, start: Snapshot, end: Snapshot) -> None:
         async with self._locks[index]:
-            prepared = await in_codec_thread(self._prepare, index, start, end)
-        push = OutgoingPush(
-            fragment=index,
-            seq=prepared.seq,
-            base_bin=prepared.base_bin,
-            codec=self._uplink,
-            payload=prepared.payload,
-        )
+            push = await in_codec_thread(self._prepare, index, start, end)
         update = await self._connected().connection_of(index).push(push)
         async with self._locks[index]:
-            await in_codec_thread(self._take_in, index, prepared.seq, update)
-        self._count(prepared, update)
+            await in_codec_thread(self._take_in, index, push.seq, update)
+        self._count(push, update)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota
 
-    def _prepare(self, index: int, start: Snapshot, end: Snapshot) -> PreparedPush:
+    def _prepare(self, index: int, start: Snapshot, end: Snapshot) -> OutgoingPush:
         """On a codec thread: encode a fragment's outer gradient, and propose a start that includes it."""
         fragment = self._fragments[index]
         prepared = fragment.push(start.wait() - end.wait(), self._num_workers)
         if self._settings.overlap is not Overlap.BLOCKING:
             self.starts[index].propose(fragment.new_start())
-        return prepared
+        return OutgoingPush(
+            fragment=index,
+            seq=prepared.seq,
+            base_bin=prepared.base_bin,
+            outer_gradient=outgoing(self._uplink, prepared.payload),
+        )
 
     def _take_in(self, index: int, seq: int, update: ReceivedUpdate) -> None:
         """On a codec thread: take the answer in, and propose the start that follows from it."""
@@ -218,11 +217,11 @@ class Exchanger:
         if not applied:
             _log.warning("the server refused a push, and this worker goes on from the run's state: %s", update.refusal)
 
-    def _count(self, prepared: PreparedPush, update: ReceivedUpdate) -> None:
+    def _count(self, push: OutgoingPush, update: ReceivedUpdate) -> None:
         self.traffic.pushes += 1
         self.traffic.pushes_refused += update.refusal is not None
         self.traffic.bins_late += update.bins_late
-        self.traffic.bytes_up += prepared.payload.numel()
+        self.traffic.bytes_up += push.outer_gradient.payload.numel()
         self.traffic.bytes_down += update.num_bytes
 
     def _estimate(self, fragment: Fragment) -> Estimate:

@@ -3,7 +3,8 @@
 The exchange thread proposes new starts whenever it learns something; the training thread takes the newest proposal at
 its next optimizer-step boundary and shifts model and start by the same amount, so the outer gradient, start minus end,
 is untouched. A proposal is computed against the start of that moment, without a lock; if the training thread has moved
-the start meanwhile, the proposal is computed again, or, after the end of the round, dropped with it.
+the start meanwhile, the proposal is computed again. At the end of a round it is dropped, even if it is still being
+computed: it knows nothing of the push that the round becomes, and whoever hands that over proposes anew.
 """
 
 import threading
@@ -33,6 +34,7 @@ class RoundStart:
         self._lock = threading.Lock()
         self._start = Snapshot(start)
         self._moves = 0
+        self._rounds = 0
         self._proposal: _Proposal | None = None
 
     def propose(self, start: torch.Tensor, *, replace: bool = False) -> None:
@@ -42,14 +44,17 @@ class RoundStart:
             start: The new start.
             replace: Set the model to the start instead of shifting it: for a model whose own values are unusable.
         """
+        with self._lock:
+            current, moves, rounds = self._start, self._moves, self._rounds
         while True:
-            with self._lock:
-                current, moves = self._start, self._moves
             shift = None if replace else self._state.stage(start - current.wait())
             with self._lock:
+                if self._rounds != rounds:
+                    return
                 if self._moves == moves:
                     self._proposal = _Proposal(start, shift)
                     return
+                current, moves = self._start, self._moves
 
     def adopt(self, *, untouched: bool) -> None:
         """Take the newest proposal, if there is one. Called on the training thread.
@@ -83,6 +88,6 @@ class RoundStart:
         """Begin the next round at the model's present values; returns the start of the round that ends."""
         with self._lock:
             start, self._start = self._start, end
-            self._moves += 1
+            self._rounds += 1
             self._proposal = None
         return start

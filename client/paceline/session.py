@@ -27,7 +27,7 @@ from paceline_wire.errors import (
 )
 from paceline_wire.manifest import Fragment, Manifest
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.transfer import Receiver, payload_message, pieces
+from paceline_wire.transfer import Receiver, outgoing, pieces
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -173,11 +173,13 @@ class Session:
             yield pb.InitializeRequest(start=start)
             codec = codecs.codec("fp32")
             for fragment in manifest.fragments_of_shard(shard, len(self.targets)):
-                payload = await in_codec_thread(lambda f: codecs.encode(codec, gather(f, tensors)), fragment)
-                announced: pb.InitializeFragment | None = pb.InitializeFragment(
-                    fragment=fragment.index, payload=payload_message(codec, payload)
+                values = await in_codec_thread(
+                    lambda f: outgoing(codec, codecs.encode(codec, gather(f, tensors))), fragment
                 )
-                for piece in pieces(payload):
+                announced: pb.InitializeFragment | None = pb.InitializeFragment(
+                    fragment=fragment.index, payload=values.announced
+                )
+                for piece in pieces(values.payload):
                     yield pb.InitializeRequest(fragment=announced, data=piece)
                     announced = None
 

@@ -26,6 +26,8 @@ MAX_TENSORS = 1_000_000
 MAX_FRAGMENTS = 1_000_000
 MAX_ELEMENTS = 1 << 44
 MAX_NAME_BYTES = 1024
+MAX_DIMENSIONS = 64
+"""As many as torch allows. It also bounds the number of elements, a product that a hostile shape makes endless."""
 
 _DTYPES = {
     "float32": pb.DTYPE_FLOAT32,
@@ -64,6 +66,10 @@ class TensorSpec:
             )
         if self.role not in _ROLES:
             raise InvalidInputError(f"tensor {self.name!r} has role {self.role!r}; allowed are {', '.join(_ROLES)}")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise InvalidInputError(
+                f"tensor {self.name!r} has {len(self.shape)} dimensions; at most {MAX_DIMENSIONS} are allowed"
+            )
         if any(extent < 0 for extent in self.shape):
             raise InvalidInputError(f"tensor {self.name!r} has a negative extent: {self.shape}")
 

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,26 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """The largest message either side accepts; a guard, since honest messages stay near MESSAGE_BYTES."""
 
 
+class Outgoing(NamedTuple):
+    """An encoding that is ready to be sent.
+
+    Attributes:
+        announced: What the peer is told of it first.
+        payload: Its bytes (uint8 [n]).
+    """
+
+    announced: pb.Payload
+    payload: torch.Tensor
+
+
+def outgoing(codec: Codec, payload: torch.Tensor) -> Outgoing:
+    """Make an encoding (uint8 [n]) ready to be sent. Reads it all for the checksum: call it beside the event loop."""
+    return Outgoing(payload_message(codec, payload), payload)
+
+
 def payload_message(codec: Codec, payload: torch.Tensor) -> pb.Payload:
     """Announce an encoding (uint8 [n]), with its checksum."""
-    return pb.Payload(
-        codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(payload.numpy().data)
-    )
+    return pb.Payload(codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(payload.numpy().data))
 
 
 def pieces(payload: torch.Tensor) -> Iterator[bytes]:
@@ -54,6 +70,7 @@ class Assembly:
         self._buffer = torch.empty(expected, dtype=torch.uint8)
         self._view = self._buffer.numpy().data
         self._filled = 0
+        self._received_crc32 = 0
 
     def add(self, data: bytes) -> None:
         """Take the next bytes.
@@ -66,6 +83,8 @@ class Assembly:
             raise InvalidInputError(f"{end} bytes came for a payload announced with {len(self._view)}")
         self._view[self._filled : end] = data
         self._filled = end
+        # Message by message, while the bytes are in the cache and without holding up the event loop for a whole payload.
+        self._received_crc32 = zlib.crc32(data, self._received_crc32)
 
     @property
     def complete(self) -> bool:
@@ -78,7 +97,7 @@ class Assembly:
         Raises:
             DamagedPayloadError: The checksum does not fit.
         """
-        if self._crc32 is not None and zlib.crc32(self._view) != self._crc32:
+        if self._crc32 is not None and self._received_crc32 != self._crc32:
             raise DamagedPayloadError("the payload's CRC-32 is not the announced one: it was damaged on the way")
         return self._buffer
 

@@ -25,6 +25,7 @@ from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError
 from paceline_wire.manifest import Manifest
+from paceline_wire.transfer import Outgoing, outgoing
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -54,11 +55,11 @@ class Snapshot:
 
     Attributes:
         bin: The bin that gradients computed from them belong to.
-        payload: The values in the codec asked for (uint8 [m]).
+        values: The values in the codec asked for.
     """
 
     bin: int
-    payload: torch.Tensor
+    values: Outgoing
 
 
 class Recipient(Protocol):
@@ -68,7 +69,7 @@ class Recipient(Protocol):
     def downlink(self) -> Codec:
         """How its updates are to be written."""
 
-    def deliver(self, fragment: int, answer: Answer, payload: torch.Tensor) -> None:
+    def deliver(self, fragment: int, answer: Answer, values: Outgoing) -> None:
         """Queue an answer with the fragment's values; does nothing once the stream has ended."""
 
 
@@ -141,8 +142,8 @@ class Engine:
         """
         fragment, values = self.shard.hosted(index)
         async with self._locks[index]:
-            payload = await self._in_thread(lambda: values.encoded(codec))
-            return Snapshot(bin=fragment.ledger.issuing_bin, payload=payload)
+            encoded = await self._in_thread(lambda: outgoing(codec, values.encoded(codec)))
+            return Snapshot(bin=fragment.ledger.issuing_bin, values=encoded)
 
     def forget(self, recipient: Recipient) -> None:
         """Send nothing more to a recipient whose stream has ended."""
@@ -246,10 +247,10 @@ class Engine:
 
 def _follow_and_encode(
     values: FragmentValues, decision: Decision, push: ReceivedPush | None, downlinks: set[Codec]
-) -> dict[Codec, torch.Tensor]:
+) -> dict[Codec, Outgoing]:
     """Change the numbers as decided, then write them in every codec that is asked for."""
     if push is None:
         values.follow(decision)
     else:
         values.follow(decision, push.codec, push.payload)
-    return {codec: values.encoded(codec) for codec in downlinks}
+    return {codec: outgoing(codec, values.encoded(codec)) for codec in downlinks}

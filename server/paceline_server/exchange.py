@@ -7,13 +7,11 @@ being processed or too many of its updates wait for the link; gRPC's flow contro
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-import torch
-
 from paceline_server.engine import Engine, ReceivedPush
 from paceline_server.ledger import Answer, PushRequest
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, UnavailableError
-from paceline_wire.transfer import Receiver, payload_message, pieces
+from paceline_wire.transfer import Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -47,7 +45,7 @@ class ExchangeStream:
         self._receiver = Receiver()
         self._announced: pb.Push | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
-        self._unsent: asyncio.Queue[tuple[int, Answer, torch.Tensor]] = asyncio.Queue()
+        self._unsent: asyncio.Queue[tuple[int, Answer, Outgoing]] = asyncio.Queue()
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._read_no_more = asyncio.Event()
@@ -82,9 +80,9 @@ class ExchangeStream:
             sentence = "the server is stopping; send again what it has not acknowledged"
             self._end.set_exception(UnavailableError(sentence))
 
-    def deliver(self, fragment: int, answer: Answer, payload: torch.Tensor) -> None:
-        """Queue an answer with the fragment's values (uint8 [n] in the stream's downlink codec)."""
-        self._unsent.put_nowait((fragment, answer, payload))
+    def deliver(self, fragment: int, answer: Answer, values: Outgoing) -> None:
+        """Queue an answer with the fragment's values in the stream's downlink codec."""
+        self._unsent.put_nowait((fragment, answer, values))
         if self._unsent.qsize() >= MAX_UNSENT:
             self._has_room.clear()
 
@@ -136,17 +134,17 @@ class ExchangeStream:
 
     async def _send(self) -> None:
         while True:
-            fragment, answer, payload = await self._unsent.get()
+            fragment, answer, values = await self._unsent.get()
             if self._unsent.qsize() < MAX_UNSENT:
                 self._has_room.set()
-            update = self._update(fragment, answer, payload)
-            for piece in pieces(payload):
+            update = self._update(fragment, answer, values.announced)
+            for piece in pieces(values.payload):
                 await self._write(pb.ExchangeResponse(update=update, data=piece))
                 update = None
             self._unsent.task_done()
-            self._engine.shard.counters.bytes_sent += payload.numel()
+            self._engine.shard.counters.bytes_sent += values.payload.numel()
 
-    def _update(self, fragment: int, answer: Answer, payload: torch.Tensor) -> pb.Update | None:
+    def _update(self, fragment: int, answer: Answer, announced: pb.Payload) -> pb.Update | None:
         shard = self._engine.shard
         return pb.Update(
             fragment=fragment,
@@ -156,5 +154,5 @@ class ExchangeStream:
             refusal=answer.refusal,
             inner_steps=shard.membership.inner_steps(answer.worker),
             quota=shard.schedule.quota or max(1, len(shard.membership.active)),
-            payload=payload_message(self.downlink, payload),
+            payload=announced,
         )

@@ -241,12 +241,11 @@ def _seen_before(schedule: Schedule, ledger: Ledger, push: PushRequest) -> Decis
         refusals = ledger.refused.get(push.worker, ())
         refusal = next((answer.refusal for answer in refusals if key == (answer.incarnation, answer.seq)), None)
         answered = replace(answered, seq=push.seq, bins_late=0, refusal=refusal)
-    if schedule.kind is not ScheduleKind.ASYNC:
-        # It comes with the newest values, whose bin this is. Asynchronous answers keep the label that they were given:
-        # one for each push.
-        answered = replace(answered, bin=ledger.issuing_bin)
+    # The answer comes with the newest values, so it names their bin; an asynchronous one keeps the label it was given,
+    # since each push is given one.
+    named = answered.bin if schedule.kind is ScheduleKind.ASYNC else ledger.issuing_bin
     reason = f"push {push.seq} is in already; answered again"
-    return Decision(outcome=Outcome.DUPLICATE, answers=(answered,), reason=reason)
+    return Decision(outcome=Outcome.DUPLICATE, answers=(replace(answered, bin=named),), reason=reason)
 
 
 def _settle(

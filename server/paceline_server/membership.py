@@ -129,7 +129,7 @@ class Membership:
         for member in expired:
             del self._members[member.worker]
         return [
-            f"worker {member.worker} was silent for {now - member.seen_s:.1f} s, the whole of its lease of "
+            f"worker {member.worker} was silent for {now - member.seen_s:.1f} s, longer than its lease of "
             f"{self.lease_s:g} s, and no longer counts as active; {len(self._members)} active"
             for member in expired
         ]

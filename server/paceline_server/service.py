@@ -21,7 +21,7 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
-from paceline_wire.transfer import Receiver, payload_message, pieces
+from paceline_wire.transfer import Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -177,12 +177,12 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             for index in request.fragments or sorted(self._engine.shard.fragments):
                 snapshot = await self._engine.snapshot(index, codec)
                 announced: pb.FetchedFragment | None = pb.FetchedFragment(
-                    fragment=index, bin=snapshot.bin, payload=payload_message(codec, snapshot.payload)
+                    fragment=index, bin=snapshot.bin, payload=snapshot.values.announced
                 )
-                for piece in pieces(snapshot.payload):
+                for piece in pieces(snapshot.values.payload):
                     yield pb.FetchResponse(fragment=announced, data=piece)
                     announced = None
-                self._engine.shard.counters.bytes_sent += snapshot.payload.numel()
+                self._engine.shard.counters.bytes_sent += snapshot.values.payload.numel()
         except PacelineError as error:
             await abort(context, error)
 

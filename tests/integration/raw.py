@@ -51,7 +51,7 @@ def payload_of(data: bytes, codec: pb.Codec.ValueType = pb.CODEC_FP32) -> pb.Pay
 
 
 def fp32_bytes(values: torch.Tensor) -> bytes:
-    """values as the codec fp32 writes them."""
+    """The bytes of values in the codec fp32."""
     return values.detach().float().contiguous().numpy().tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Independent references: the outer rules as algorithms.md writes them, in float64, sharing no code with the product."""
+"""Independent references: the outer rules as algorithms.md writes them, in float64, without any product code."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +15,11 @@ def flat(tensors: Tensors) -> torch.Tensor:
 
 def unflat(values: torch.Tensor, like: Tensors) -> dict[str, torch.Tensor]:
     """Float32 tensors of the names and shapes of like, from values (float64 [n])."""
-    sizes = [like[name].numel() for name in sorted(like)]
-    parts = values.float().split(sizes)
-    return {name: part.reshape(like[name].shape) for name, part in zip(sorted(like), parts, strict=True)}
+    parts = {}
+    for name in sorted(like):
+        size = like[name].numel()
+        parts[name], values = values[:size].float().reshape(like[name].shape), values[size:]
+    return parts
 
 
 class OrderedMomentumLoop:

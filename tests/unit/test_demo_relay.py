@@ -1,6 +1,7 @@
 """The emulated link: delay, rate, order, backpressure, half-close, and cutting."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import cast
@@ -38,9 +39,10 @@ async def answer_at_the_end(reader: asyncio.StreamReader, writer: asyncio.Stream
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send back what comes."""
-    while data := await reader.read(1024):
-        writer.write(data)
+    """Send back what comes, until the connection ends one way or another."""
+    with contextlib.suppress(ConnectionResetError):
+        while data := await reader.read(1024):
+            writer.write(data)
     writer.close()
 
 
