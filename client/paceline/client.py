@@ -1,6 +1,7 @@
 """The asyncio client: a run's parameters as named tensors, for loops of any shape."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush, ReceivedUpdate
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
 from paceline.session import REACH_S, Session, new_worker, open_session
+from paceline.uplink import Uplink
 from paceline_wire import codecs
+from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PushRefusedError
 from paceline_wire.manifest import Fragment, Manifest
 from paceline_wire.transfer import Outgoing, outgoing
@@ -49,10 +52,11 @@ class Client:
         self._session = session
         self._is_worker = is_worker
         exchange = session.configuration.exchange
-        self._uplink = codecs.codec_of_wire(exchange.uplink)
+        self._uplink_codec = codecs.codec_of_wire(exchange.uplink)
         self._downlink = codecs.codec_of_wire(exchange.downlink)
-        self._seqs: dict[int, int] = {}
-        self._residuals: dict[int, torch.Tensor | None] = {}
+        self._uplinks: defaultdict[int, Uplink] = defaultdict(lambda: Uplink(self._uplink_codec))
+        # Exchanges may overlap; each fragment's pushes must be encoded and sent in one order.
+        self._orders: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
 
     @property
@@ -116,12 +120,10 @@ class Client:
         for connection in self._session.connections:
             if not connection.exchanging:
                 connection.begin_exchange(manifest, self._downlink)
-        # All sequence numbers are taken before anything is awaited, so that exchanges may overlap.
-        seqs = {fragment.index: self._next_seq(fragment.index) for fragment in manifest.fragments}
         newest = _empty_base(manifest)
 
         async def exchange(fragment: Fragment) -> str | None:
-            update = await self._push(fragment, outer_gradient, base.bins[fragment.index], seqs[fragment.index])
+            update = await self._push(fragment, outer_gradient, base.bins[fragment.index])
             newest.bins[fragment.index] = update.bin
             await in_codec_thread(scatter, fragment, update.values, newest.tensors)
             return update.refusal
@@ -141,33 +143,28 @@ class Client:
         return await self._session.statuses()
 
     async def _push(
-        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], base_bin: int, seq: int
+        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], base_bin: int
     ) -> ReceivedUpdate:
-        index = fragment.index
-        async with self._encoding:
-            encoded, ready = await in_codec_thread(self._encode, fragment, outer_gradient)
-        push = OutgoingPush(fragment=index, seq=seq, base_bin=base_bin, outer_gradient=ready)
-        update = await self._session.connection_of(index).push(push)
-        if update.refusal is None:
-            self._residuals[index] = encoded.residual
+        uplink, order = self._uplinks[fragment.index], self._orders[fragment.index]
+        async with order, self._encoding:
+            seq, ready = await in_codec_thread(_encode, uplink, fragment, outer_gradient, self._uplink_codec)
+        push = OutgoingPush(fragment=fragment.index, seq=seq, base_bin=base_bin, outer_gradient=ready)
+        update = await self._session.connection_of(fragment.index).push(push)
+        uplink.settle(seq, applied=update.refusal is None)
         return update
-
-    def _encode(
-        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor]
-    ) -> tuple[codecs.Encoded, Outgoing]:
-        values = gather(fragment, outer_gradient)
-        encoded = codecs.compensate(self._uplink, values, self._residuals.get(fragment.index))
-        return encoded, outgoing(self._uplink, encoded.payload)
-
-    def _next_seq(self, fragment: int) -> int:
-        self._seqs[fragment] = self._seqs.get(fragment, 0) + 1
-        return self._seqs[fragment]
 
     async def _known_manifest(self) -> Manifest:
         """The run's manifest, asked for again if another client may have initialized the run meanwhile."""
         if self._session.manifest is None:
             await self._session.refresh()
         return self._session.require_manifest()
+
+
+def _encode(
+    uplink: Uplink, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], codec: Codec
+) -> tuple[int, Outgoing]:
+    encoded = uplink.encode(gather(fragment, outer_gradient))
+    return encoded.seq, outgoing(codec, encoded.payload)
 
 
 def _empty_base(manifest: Manifest) -> Base:

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import torch
 
+from paceline.uplink import Uplink
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.feedback import compensate
 
 
 class Estimate(Protocol):
@@ -95,12 +95,6 @@ class PreparedPush:
     payload: torch.Tensor
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _InFlight:
-    expected_step: torch.Tensor | None
-    residual: torch.Tensor | None
-
-
 class WorkerFragment:
     """One fragment as a worker sees it.
 
@@ -114,11 +108,9 @@ class WorkerFragment:
     def __init__(self, *, base: torch.Tensor, bin: int, codec: Codec, estimate: Estimate) -> None:  # noqa: A002
         self._base = base
         self._bin = bin
-        self._codec = codec
+        self._uplink = Uplink(codec)
         self._estimate = estimate
-        self._residual: torch.Tensor | None = None
-        self._in_flight: dict[int, _InFlight] = {}
-        self._seq = 0
+        self._expected_steps: dict[int, torch.Tensor | None] = {}
 
     @property
     def base(self) -> torch.Tensor:
@@ -131,26 +123,20 @@ class WorkerFragment:
         The loss carried over is committed only when the push is acknowledged as applied. An outer gradient that is not
         finite is prepared all the same, expected to do nothing: the server refuses it and says why.
         """
-        previous = self._in_flight.get(self._seq)
-        residual = previous.residual if previous is not None else self._residual
-        encoded = compensate(self._codec, outer_gradient, residual)
-        self._seq += 1
-        self._in_flight[self._seq] = _InFlight(
-            expected_step=self._estimate.step(encoded.decoded, num_workers), residual=encoded.residual
-        )
-        return PreparedPush(seq=self._seq, base_bin=self._bin, payload=encoded.payload)
+        encoded = self._uplink.encode(outer_gradient)
+        self._expected_steps[encoded.seq] = self._estimate.step(encoded.decoded, num_workers)
+        return PreparedPush(seq=encoded.seq, base_bin=self._bin, payload=encoded.payload)
 
     def receive(self, seq: int, values: torch.Tensor, bin: int, *, applied: bool) -> None:  # noqa: A002
         """Take the answer to a push: the server's newest values (float32 [n]; kept, not copied) and their bin."""
-        answered = self._in_flight.pop(seq)
-        if applied:
-            self._residual = answered.residual
+        self._uplink.settle(seq, applied=applied)
+        del self._expected_steps[seq]
         self._base = values
         self._bin = bin
 
     def new_start(self) -> torch.Tensor:
         """Where inner steps should go on from (float32 [n]): base minus all expected steps in flight."""
-        steps = [push.expected_step for push in self._in_flight.values() if push.expected_step is not None]
+        steps = [step for step in self._expected_steps.values() if step is not None]
         if not steps:
             return self._base
         start = self._base - steps[0]

@@ -1,10 +1,11 @@
 """A client's view of a run: what it is, where its shards are, and the calls that need all of them."""
 
 import asyncio
+import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import grpc
@@ -27,11 +28,12 @@ from paceline_wire.errors import (
 )
 from paceline_wire.manifest import Fragment, Manifest
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.transfer import Receiver, outgoing, pieces
+from paceline_wire.transfer import Outgoing, Receiver, outgoing, pieces
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
+_log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 MAX_FETCHES = 4
@@ -166,24 +168,15 @@ class Session:
     async def _upload(
         self, shard: int, manifest: Manifest, tensors: Mapping[str, torch.Tensor], own: int
     ) -> pb.InitializeResponse:
-        async def messages() -> AsyncIterator[pb.InitializeRequest]:
-            start = pb.InitializeStart(
-                protocol_version=PROTOCOL_VERSION, manifest=manifest.to_wire(), initialization_id=own
-            )
-            yield pb.InitializeRequest(start=start)
-            codec = codecs.codec("fp32")
-            for fragment in manifest.fragments_of_shard(shard, len(self.targets)):
-                values = await in_codec_thread(
-                    lambda f: outgoing(codec, codecs.encode(codec, gather(f, tensors))), fragment
-                )
-                announced: pb.InitializeFragment | None = pb.InitializeFragment(
-                    fragment=fragment.index, payload=values.announced
-                )
-                for piece in pieces(values.payload):
-                    yield pb.InitializeRequest(fragment=announced, data=piece)
-                    announced = None
-
-        call = self._stubs[shard].Initialize(messages(), metadata=self._access.metadata)
+        """Send a shard its fragments, unless it answers before: then it has some, or refuses these."""
+        call = self._stubs[shard].Initialize(metadata=self._access.metadata)
+        messages = _upload_messages(manifest, manifest.fragments_of_shard(shard, len(self.targets)), tensors, own)
+        try:
+            async for message in messages:
+                await call.write(message)
+            await call.done_writing()
+        except (asyncio.InvalidStateError, grpc.RpcError):
+            _log.debug("%s answered before the upload was complete", self.targets[shard])
         return await _called(call, self.targets[shard])
 
     async def _others_finished(self, manifest: Manifest) -> None:
@@ -250,6 +243,26 @@ async def _describe(
     if not description.shards:
         raise InvalidInputError(f"{target} does not say where the run's shards are; is it still starting?")
     return description
+
+
+async def _upload_messages(
+    manifest: Manifest, fragments: Sequence[Fragment], tensors: Mapping[str, torch.Tensor], own: int
+) -> AsyncIterator[pb.InitializeRequest]:
+    start = pb.InitializeStart(protocol_version=PROTOCOL_VERSION, manifest=manifest.to_wire(), initialization_id=own)
+    yield pb.InitializeRequest(start=start)
+    for fragment in fragments:
+        values = await in_codec_thread(_first_values, fragment, tensors)
+        announced: pb.InitializeFragment | None = pb.InitializeFragment(
+            fragment=fragment.index, payload=values.announced
+        )
+        for piece in pieces(values.payload):
+            yield pb.InitializeRequest(fragment=announced, data=piece)
+            announced = None
+
+
+def _first_values(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> Outgoing:
+    codec = codecs.codec("fp32")
+    return outgoing(codec, codecs.encode(codec, gather(fragment, tensors)))
 
 
 async def _called(call: Awaitable[_Answer], target: str) -> _Answer:

@@ -83,7 +83,7 @@ class Assembly:
             raise InvalidInputError(f"{end} bytes came for a payload announced with {len(self._view)}")
         self._view[self._filled : end] = data
         self._filled = end
-        # Message by message, while the bytes are in the cache and without holding up the event loop for a whole payload.
+        # Message by message: the bytes are in the cache, and the event loop is not held up for a whole payload.
         self._received_crc32 = zlib.crc32(data, self._received_crc32)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -11,33 +12,41 @@ from torch import nn
 import paceline
 import paceline_server
 
-CONFIG = {
-    "outer": {"lr": 0.7, "momentum": 0.9},
-    "schedule": {"kind": "barrier"},
-    "exchange": {"uplink": "fp32", "downlink": "fp32", "fragment_elements": 300 * 1024},
-}
-ROWS = 600
-"""600 rows of 1000: two fragments of more than a MiB, so each push takes two messages."""
+SHAPE = (600, 1000)
+"""Two fragments of 300,000 elements: a push of each in fp32 is more than a message."""
 
 
-def cut_points(total_bytes: int) -> list[int]:
-    """Where to cut a transfer: around its start, its messages' ends and its own end, and in between."""
-    return [0, 1, 9, 40, 300, 5_000, 70_001, *(total_bytes * share // 100 for share in (20, 44, 50, 60, 95, 99))]
+def config(uplink: str) -> dict[str, Any]:
+    """A run whose result is a function of the pushes alone: one worker, which waits for every answer."""
+    return {
+        "outer": {"lr": 0.7, "momentum": 0.9},
+        "schedule": {"kind": "barrier"},
+        "exchange": {"uplink": uplink, "downlink": "fp32", "fragment_elements": 300 * 1024},
+    }
+
+
+def cut_points(bytes_up: int, bytes_down: int) -> list[tuple[Way, int]]:
+    """Where to cut an exchange of so many bytes: right at its start, near its end, and in between, both ways."""
+    shares = (7, 20, 44, 50, 60, 83, 95, 99)
+    points: list[tuple[Way, int]] = []
+    for near_start, share in zip((0, 1, 9, 40, 300, 5_000, 17_000, 70_001), shares, strict=True):
+        points += [("up", near_start), ("down", bytes_down * share // 100)]
+        points += [("down", near_start), ("up", bytes_up * share // 100)]
+    return points
 
 
 @pytest.fixture(scope="module", params=["fp32", "int4"])
 def servers(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """Two servers of one configuration, for a run with cuts and one without."""
-    config = {**CONFIG, "exchange": {**CONFIG["exchange"], "uplink": request.param}}
-    with paceline_server.local(config) as cut, paceline_server.local(config) as uncut:
+    """Two servers of one configuration, for a run with cuts and its twin without."""
+    with ExitStack() as stack:
+        cut, uncut = (stack.enter_context(paceline_server.local(config(request.param))) for _ in range(2))
         yield cut, uncut
 
 
-async def test_cuts_while_exchanging_change_nothing(servers: tuple[str, str]) -> None:
-    """Cut anywhere on the way up or back, every exchange ends in the same bits as without, applied exactly once."""
-    start = {"x": torch.linspace(-1, 1, ROWS * 1000).reshape(ROWS, 1000)}
+async def test_cuts_in_an_exchange_change_nothing(servers: tuple[str, str]) -> None:
+    """Cut anywhere on the way up or back, every exchange gives the uncut run's bits, and each push counts once."""
     generator = torch.Generator().manual_seed(0)
-    fired, exchanges = 0, 0
+    start = {"x": torch.randn(SHAPE, generator=generator)}
     with Proxy(servers[0]) as proxy:
         async with (
             paceline.connect(proxy.address, worker_id="worker") as worker,
@@ -47,18 +56,61 @@ async def test_cuts_while_exchanging_change_nothing(servers: tuple[str, str]) ->
             await twin.initialize(start)
             base, expected = await worker.fetch(), await twin.fetch()
             before = dict(proxy.carried)
-            for way, num_bytes in [(None, 0), *cuts_of(proxy, before)]:
-                if way is not None:
-                    proxy.cut_after(num_bytes, way)
-                    fired += 1
-                gradient = {"x": torch.randn(ROWS, 1000, generator=generator)}
+            base, expected = await worker.exchange(start, base), await twin.exchange(start, expected)
+            points = cut_points(*(proxy.carried[way] - before[way] for way in ("up", "down")))
+            for number, (way, num_bytes) in enumerate(points, start=1):
+                proxy.cut_after(num_bytes, way)
+                gradient = {"x": torch.randn(SHAPE, generator=generator)}
                 base, expected = await worker.exchange(gradient, base), await twin.exchange(gradient, expected)
-                exchanges += 1
-                assert proxy.cuts == fired
+                assert proxy.cuts == number
                 assert torch.equal(base.tensors["x"], expected.tensors["x"])
                 assert base.bins == expected.bins
             (status,), (uncut_status,) = await worker.statuses(), await twin.statuses()
             assert torch.equal((await worker.fetch()).tensors["x"], (await twin.fetch()).tensors["x"])
-    assert status.pushes_applied == uncut_status.pushes_applied == 2 * exchanges
+    assert status.pushes_applied == uncut_status.pushes_applied == 2 * (1 + len(points))
     assert status.pushes_duplicate > 0
     assert uncut_status.pushes_duplicate == 0
+
+
+class Quadratic(nn.Module):
+    """One parameter with a minimum; its gradient takes no luck to be the same twice."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(SHAPE))
+        self.minimum = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self) -> torch.Tensor:
+        """The loss."""
+        return 0.5 * (self.x - self.minimum).square().sum()
+
+
+def test_a_training_loop_does_not_notice_cuts(servers: tuple[str, str]) -> None:
+    """Cut in every round, `join` trains to the uncut run's bits; only stats tell."""
+    models = [Quadratic(1), Quadratic(1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in models]
+    with (
+        Proxy(servers[0]) as proxy,
+        paceline.join(proxy.address, models[0], optimizers[0], inner_steps=2, overlap="blocking") as run,
+        paceline.join(servers[1], models[1], optimizers[1], inner_steps=2, overlap="blocking") as twin,
+    ):
+        before = dict(proxy.carried)
+        points: list[tuple[Way, int]] = []
+        for number in range(16):
+            if number == 1:
+                points = cut_points(*(proxy.carried[way] - before[way] for way in ("up", "down")))[:15]
+            if number:
+                way, num_bytes = points[number - 1]
+                proxy.cut_after(num_bytes, way)
+            for _ in range(2):
+                for model, optimizer in zip(models, optimizers, strict=True):
+                    loss = model()
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert proxy.cuts == number
+            assert torch.equal(models[0].x, models[1].x)
+        assert run.stats().rounds == twin.stats().rounds == 16
+        assert run.stats().reconnects >= 15
+        assert twin.stats().reconnects == 0
+        assert run.stats().pushes_refused == 0

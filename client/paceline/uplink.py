@@ -1,0 +1,54 @@
+"""One fragment's pushes on their way up: sequence numbers, and error feedback over pushes that may still be refused."""
+
+from dataclasses import dataclass
+
+import torch
+
+from paceline_wire.codecs.base import Codec
+from paceline_wire.codecs.feedback import compensate
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedPush:
+    """One encoded outer gradient.
+
+    Attributes:
+        seq: Counts the pushes to the fragment from 1.
+        payload: What is sent, uint8 [m].
+        decoded: What the server will make of it, float32 [n]; zeros if it will refuse it as not finite.
+    """
+
+    seq: int
+    payload: torch.Tensor
+    decoded: torch.Tensor
+
+
+class Uplink:
+    """Encodes one fragment's outer gradients; what the codec loses of one is added to the next.
+
+    The loss counts only once the push is known to be applied. A push encoded while others are in flight builds on the
+    newest of them, as if they will be: they all but always are.
+
+    Args:
+        codec: How pushes are written.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._residual: torch.Tensor | None = None
+        self._residuals_in_flight: dict[int, torch.Tensor | None] = {}
+        self._seq = 0
+
+    def encode(self, outer_gradient: torch.Tensor) -> EncodedPush:
+        """Encode an outer gradient (float32 [n]) and count it as in flight."""
+        residual = self._residuals_in_flight.get(self._seq, self._residual)
+        encoded = compensate(self._codec, outer_gradient, residual)
+        self._seq += 1
+        self._residuals_in_flight[self._seq] = encoded.residual
+        return EncodedPush(seq=self._seq, payload=encoded.payload, decoded=encoded.decoded)
+
+    def settle(self, seq: int, *, applied: bool) -> None:
+        """Learn what became of a push."""
+        residual = self._residuals_in_flight.pop(seq)
+        if applied:
+            self._residual = residual
