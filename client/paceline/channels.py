@@ -1,5 +1,6 @@
 """gRPC channels to shards: options, credentials, the metadata of every call, and what failed calls mean."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,13 @@ class Access:
 
     @classmethod
     def of(cls, tls: "TLS | str | Path | bool | None", token: str | None) -> "Access":
-        """Access from the forms that users may give: True for the system's authorities, a path for a CA file."""
+        """Access from the forms that users may give.
+
+        Args:
+            tls: None or False: no TLS; True: verify with the system's authorities; a path: with that CA file.
+            token: The run's token; None: the variable PACELINE_TOKEN, if it is set.
+        """
+        token = token or os.environ.get("PACELINE_TOKEN")
         if tls is True:
             return cls(tls=TLS(), token=token)
         if isinstance(tls, str | Path):

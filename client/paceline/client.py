@@ -185,7 +185,7 @@ async def connect(
     Args:
         address: "host:port" of any of its shards.
         worker_id: Join as this worker, until the context ends; None: observe only.
-        token: The run's token, if it has one.
+        token: The run's token; None: the variable PACELINE_TOKEN, if set.
         tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
         reach_s: Seconds to go on trying while the server cannot be reached.
 

@@ -259,7 +259,7 @@ def join(
         raise InvalidInputError(f"inner_steps is {inner_steps}; it must be at least 1")
     settings = ExchangeSettings(
         worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
-        access=Access.of(tls, token or os.environ.get("PACELINE_TOKEN")),
+        access=Access.of(tls, token),
         overlap=Overlap(overlap),
         uplink=uplink,
         downlink=downlink,

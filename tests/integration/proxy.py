@@ -7,9 +7,9 @@ import threading
 from types import TracebackType
 from typing import Literal, Self
 
+from integration.patience import PATIENCE_S
+
 CHUNK_BYTES = 64 * 1024
-PATIENCE_S = 30.0
-"""A bound on every wait, so that bytes that never come fail a test instead of hanging it."""
 
 Way = Literal["up", "down"]
 """Up is from the client to the server."""

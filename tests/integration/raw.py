@@ -11,14 +11,12 @@ from typing import Self
 import grpc
 import torch
 
+from integration.patience import PATIENCE_S
 from paceline_wire import PROTOCOL_VERSION
 from paceline_wire.errors import ERROR_METADATA_KEY
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
-
-PATIENCE_S = 30.0
-"""A bound on every call, so that a server that never answers fails a test instead of hanging it."""
 
 _incarnations = itertools.count(1)
 

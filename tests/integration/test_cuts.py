@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from integration.proxy import Proxy, Way
 from torch import nn
 
 import paceline
 import paceline_server
+from integration.proxy import Proxy, Way
 
 SHAPE = (600, 1000)
 """Two fragments of 300,000 elements: a push of each in fp32 is more than a message."""

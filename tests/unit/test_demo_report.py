@@ -93,6 +93,13 @@ def test_the_verdict_says_what_is_so(state: DemoState) -> None:
     assert "did not fall" in verdict(summarize(state))
 
 
+def test_a_busy_machine_is_not_passed_over(state: DemoState) -> None:
+    """When many steps overran their pace, the verdict says that the comparison suffers from it."""
+    assert "too busy" not in verdict(summarize(state))
+    state.workers[0].overruns = 200
+    assert "25% of the workers' steps overran" in verdict(summarize(state))
+
+
 def test_a_loss_that_is_no_number_has_not_fallen(state: DemoState) -> None:
     """A run that diverged doesn't pass for one that learned."""
     state.curve[-1] = Point(20.0, float("nan"))

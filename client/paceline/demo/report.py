@@ -11,6 +11,8 @@ from paceline.demo.state import DemoState, Point, WorkerState
 
 FP32_BYTES = 4
 """Bytes of a parameter that isn't compressed."""
+BUSY_SHARE = 0.1
+"""With more than this share of steps overrunning their pace, the comparison says more of the machine than of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,20 +138,14 @@ def report_table(report: Report) -> Table:
 
 
 def verdict(report: Report) -> str:
-    """Say in a sentence or two whether working together was worth it."""
-    if not report.loss_fell:
-        return f"The loss did not fall: {report.loss_start:.3f} at the start, {report.loss_end:.3f} at the end."
-    if report.loss_single is None:
-        return f"{report.workers} workers brought the loss from {report.loss_start:.3f} to {report.loss_end:.3f}."
-    gap = report.loss_single - report.loss_end
-    if gap <= 0:
-        return f"Working together did not pay: the lone worker ended {-gap:.3f} nats per byte lower."
-    when = (
-        f", whose last loss they had passed after {report.seconds_to_single_loss:.0f} s"
-        if report.seconds_to_single_loss
-        else ""
-    )
-    return f"{report.workers} workers ended {gap:.3f} nats per byte below the lone worker{when}."
+    """Say in a few sentences whether working together was worth it, and whether the machine sufficed to tell."""
+    sentences = [_comparison(report)]
+    if report.pace_overrun_share > BUSY_SHARE:
+        sentences.append(
+            f"The machine was too busy or too small: {report.pace_overrun_share:.0%} of the workers' steps overran "
+            "their pace, and that time is lost to them."
+        )
+    return " ".join(sentences)
 
 
 def save_plot(state: DemoState, path: Path) -> None:
@@ -167,6 +163,20 @@ def save_plot(state: DemoState, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
+
+
+def _comparison(report: Report) -> str:
+    if not report.loss_fell:
+        return f"The loss did not fall: {report.loss_start:.3f} at the start, {report.loss_end:.3f} at the end."
+    if report.loss_single is None:
+        return f"{report.workers} workers brought the loss from {report.loss_start:.3f} to {report.loss_end:.3f}."
+    gap = report.loss_single - report.loss_end
+    if gap <= 0:
+        return f"Working together did not pay: the lone worker ended {-gap:.3f} nats per byte lower."
+    sentence = f"{report.workers} workers ended {gap:.3f} nats per byte below the lone worker"
+    if report.seconds_to_single_loss is not None:
+        sentence += f", whose last loss they had reached after {report.seconds_to_single_loss:.0f} s"
+    return sentence + "."
 
 
 def _overrun_share(workers: list[WorkerState]) -> float:

@@ -90,14 +90,14 @@ async def _train_together(
     for worker in workers:
         worker.send_line("start")
     async with paceline.connect(address) as observer, asyncio.TaskGroup() as group:
-        watching = group.create_task(_must_go_on(server))
+        watching = [group.create_task(_must_go_on(child)) for child in (server, links)]
         observing = group.create_task(_observe(state, observer, evaluator, start_s, changed))
         async with asyncio.TaskGroup() as working:
             for worker, worker_state in zip(workers, state.workers, strict=True):
                 working.create_task(_follow(worker, worker_state, state, changed))
         state.training_s = max(worker_state.elapsed_s for worker_state in state.workers)
-        watching.cancel()
-        observing.cancel()
+        for task in (*watching, observing):
+            task.cancel()
         base = await observer.fetch()
     state.curve.append(Point(state.training_s, await evaluator.evaluate(base.tensors)))
     await asyncio.gather(*(worker.finish() for worker in workers))
@@ -155,9 +155,9 @@ async def _observe(
         changed()
 
 
-async def _must_go_on(server: Child) -> None:
-    await server.finish()
-    raise server.failure()
+async def _must_go_on(child: Child) -> None:
+    await child.finish()
+    raise child.failure()
 
 
 def _first_leaf(group: ExceptionGroup) -> Exception:

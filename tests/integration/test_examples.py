@@ -1,0 +1,134 @@
+"""The examples and the README's quickstart as a reader runs them: scripts and commands, against real servers."""
+
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+import paceline_server
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT_ROUNDS: Mapping[str, Any] = {"exchange": {"inner_steps": 5, "dynamic_inner_steps": False}}
+
+
+def example(name: str, address: str, *arguments: str, token: str = "") -> "subprocess.Popen[str]":
+    """Start an example as a reader would."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "examples" / name, "--address", address, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | ({"PACELINE_TOKEN": token} if token else {}),
+    )
+
+
+def environment() -> dict[str, str]:
+    """This environment without settings of Paceline's own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
+
+
+def output_of(process: "subprocess.Popen[str]", timeout_s: float = 90) -> str:
+    """Return what a process prints, once it has ended well."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """Return all numbers that stand where the pattern has its group."""
+    return [float(found.replace(",", "")) for found in re.findall(pattern, text)]
+
+
+def test_two_workers_train_together() -> None:
+    """Two train.py processes share a run that asks for a token, and both end with the same parameters."""
+    config = {**SHORT_ROUNDS, "security": {"tokens": ["secret"]}}
+    with paceline_server.local(config) as address:
+        workers = [example("train.py", address, "--seconds", "4", token="secret") for _ in range(2)]
+        outputs = [output_of(worker) for worker in workers]
+    losses = [numbers(r"held-out loss ([\d.]+) nats", output) for output in outputs]
+    assert sorted(numbers(r"worker (\d+):", "".join(outputs))) == [0, 1]
+    for first, last in losses:
+        assert first > 5.4, "close to log(256)"
+        assert last < 4
+    assert all(rounds >= 1 for rounds in numbers(r"after (\d+) rounds", "".join(outputs)))
+
+
+def test_federated_averaging() -> None:
+    """Rounds of three clients lower the mean loss over everybody's held-out text."""
+    config = {
+        "outer": {"rule": "sgd", "lr": 1},
+        "schedule": {"kind": "barrier", "quota": 3},
+        "exchange": {"uplink": "int8"},
+    }
+    with paceline_server.local(config) as address:
+        arguments = ("--clients", "3", "--rounds", "3", "--steps", "10")
+        output = output_of(example("federated.py", address, *arguments))
+    losses = numbers(r"loss ([\d.]+) nats", output)
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 1
+
+
+def test_skipped_steps_do_not_count() -> None:
+    """With accumulation, groups and a scaler whose first scale overflows, rounds are made of the steps really taken."""
+    with paceline_server.local(SHORT_ROUNDS) as address:
+        arguments = ("--steps", "32", "--accumulate", "2", "--first-scale", "1e8")
+        output = output_of(example("gradient_accumulation_amp.py", address, *arguments))
+    (taken,), (skipped,) = numbers(r"(\d+) steps taken", output), numbers(r"(\d+) skipped", output)
+    assert skipped >= 1
+    assert taken + skipped == 32
+    assert [math.ceil(taken / 5)] == numbers(r"(\d+) rounds", output), "the last one is what was left when it flushed"
+    (first,), (last,) = numbers(r"loss ([\d.]+) at the start", output), numbers(r"([\d.]+) at the end", output)
+    assert last < first
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the quickstart is for POSIX shells")
+def test_the_readmes_quickstart(tmp_path: Path) -> None:
+    """The README's commands work as they stand, in a shell; only the port and the training time are others here."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quickstart")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0]
+    after_installing = commands[commands.index("paceline serve") :]
+    script = after_installing.replace("serve", f"serve --listen {free_address()}", 1)
+    script = script.replace("127.0.0.1:7070", "$ADDRESS").replace("train.py", "train.py --seconds 2")
+    assert script.count("$ADDRESS") == 4, "two workers, status and export"
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    address = script.split()[3]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with (tmp_path / "output").open("w+", encoding="utf-8") as output:
+        shell = subprocess.Popen(
+            ["/bin/sh", "-ec", script],
+            cwd=tmp_path,
+            env=environment() | {"ADDRESS": address, "PATH": path},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = shell.wait(120)
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
+        output.seek(0)
+        text = output.read()
+    assert code == 0, text
+    assert len(numbers(r"after (\d+) rounds", text)) >= 1
+    assert "shard 0: 1 fragments, 303,744 elements" in text
+    assert "wrote 5 tensors with 303,744 elements" in text
+    assert safetensors.torch.load_file(tmp_path / "model.safetensors")["0.weight"].shape == (256, 32)
+
+
+def free_address() -> str:
+    """Return a loopback address with a port that was free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
