@@ -1,4 +1,4 @@
-"""Asks a shard whether it serves: exits with 0 if so, with a sentence on stderr if not. For the container's HEALTHCHECK.
+"""For the container's HEALTHCHECK: asks a shard whether it serves; exits with 0 if so, with a sentence if not.
 
 It speaks the standard gRPC health protocol, which needs no token, and imports nothing heavy: a few tenths of a second.
 

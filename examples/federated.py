@@ -11,7 +11,6 @@ that the example runs anywhere; each could as well be a process of its own somew
 
 import argparse
 import asyncio
-import os
 import sysconfig
 from pathlib import Path
 
@@ -60,8 +59,7 @@ async def take_part(
 ) -> None:
     """One client: join, then train and average, round by round."""
     data, held_out = pairs_of(FOLDERS[number % len(FOLDERS)])
-    token = os.environ.get("PACELINE_TOKEN")
-    async with paceline.connect(args.address, worker_id=f"client-{number}", token=token, tls=args.tls_ca) as client:
+    async with paceline.connect(args.address, worker_id=f"client-{number}", tls=args.tls_ca) as client:
         generator = torch.Generator().manual_seed(0)
         first = {"before": (256, 24), "after": (24, 256)}
         await client.initialize({name: 0.1 * torch.randn(shape, generator=generator) for name, shape in first.items()})

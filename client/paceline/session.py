@@ -69,7 +69,7 @@ class Session:
             PacelineError: A shard refuses, or cannot be reached.
         """
         self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
-        await asyncio.gather(*(connection.join() for connection in self.connections))
+        await asyncio.gather(*(_persistently(connection.join, REACH_S) for connection in self.connections))
 
     def connection_of(self, fragment: int) -> ShardConnection:
         """The member's connection to the shard on which a fragment lives."""
@@ -94,9 +94,10 @@ class Session:
             ManifestMismatchError: The run has another model; the text names the first tensor that differs.
             UnavailableError: Another caller began to initialize the run and did not finish.
         """
+        if self.manifest is None:
+            await self.refresh()
         own = secrets.randbits(63) + 1
-        first = await self._upload(0, manifest, tensors, own)
-        if first.initialization_id == own:
+        if self.manifest is None and (await self._upload(0, manifest, tensors, own)).initialization_id == own:
             rest = (self._upload(shard, manifest, tensors, own) for shard in range(1, len(self.targets)))
             await asyncio.gather(*rest)
         else:
@@ -109,7 +110,7 @@ class Session:
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
         """
-        description = await _describe(self._stubs[0], self._access, self.targets[0])
+        description = await _persistently(lambda: _describe(self._stubs[0], self._access, self.targets[0]), REACH_S)
         if description.HasField("manifest"):
             self.manifest = Manifest.from_wire(description.manifest)
 
@@ -119,6 +120,9 @@ class Session:
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
         """
+        return await _persistently(lambda: self._fetch_once(fragment, codec), REACH_S)
+
+    async def _fetch_once(self, fragment: Fragment, codec: Codec) -> tuple[torch.Tensor, int]:
         shard = fragment.index % len(self.targets)
         request = pb.FetchRequest(fragments=[fragment.index], codec=codecs.wire_value(codec))
         receiver, announced = Receiver(), None
@@ -168,7 +172,15 @@ class Session:
     async def _upload(
         self, shard: int, manifest: Manifest, tensors: Mapping[str, torch.Tensor], own: int
     ) -> pb.InitializeResponse:
-        """Send a shard its fragments, unless it answers before: then it has some, or refuses these."""
+        """Send a shard its fragments, unless it answers before: then it has some, or refuses these.
+
+        A refusal in the middle of an upload may reach gRPC as a broken stream, so that only the next attempt tells.
+        """
+        return await _persistently(lambda: self._upload_once(shard, manifest, tensors, own), REACH_S)
+
+    async def _upload_once(
+        self, shard: int, manifest: Manifest, tensors: Mapping[str, torch.Tensor], own: int
+    ) -> pb.InitializeResponse:
         call = self._stubs[shard].Initialize(metadata=self._access.metadata)
         messages = _upload_messages(manifest, manifest.fragments_of_shard(shard, len(self.targets)), tensors, own)
         try:

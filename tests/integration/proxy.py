@@ -4,6 +4,7 @@ import contextlib
 import socket
 import struct
 import threading
+from collections import deque
 from types import TracebackType
 from typing import Literal, Self
 
@@ -29,7 +30,7 @@ class Proxy:
         self.carried = {"up": 0, "down": 0}
         self._target = (host, int(port))
         self._changed = threading.Condition()
-        self._armed: dict[str, int] = {}
+        self._armed: dict[str, deque[int]] = {"up": deque(), "down": deque()}
         self._held: set[str] = set()
         self._live: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -41,16 +42,12 @@ class Proxy:
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def cut_after(self, num_bytes: int, way: Way) -> None:
-        """Cut all connections, once, when so many further bytes have been carried that way."""
-        with self._changed:
-            self._armed[way] = num_bytes
+        """Cut all connections, once, when so many further bytes have been carried that way.
 
-    def disarm(self) -> bool:
-        """Forget a cut that has not fired; whether there was one."""
+        A cut that is armed while another still is begins to count when that one has fired.
+        """
         with self._changed:
-            was_armed = bool(self._armed)
-            self._armed.clear()
-        return was_armed
+            self._armed[way].append(num_bytes)
 
     def hold(self, way: Way) -> None:
         """Carry nothing more that way until `release`."""
@@ -112,17 +109,17 @@ class Proxy:
             while chunk := source.recv(CHUNK_BYTES):
                 with self._changed:
                     self._changed.wait_for(lambda: way not in self._held)
-                    armed = self._armed.get(way)
-                    fires = armed is not None and armed <= len(chunk)
-                    allowed = chunk[:armed] if fires else chunk
+                    armed = self._armed[way]
+                    fires = bool(armed) and armed[0] <= len(chunk)
+                    allowed = chunk[: armed[0]] if fires else chunk
                     sink.sendall(allowed)
                     self.carried[way] += len(allowed)
                     if fires:
-                        del self._armed[way]
+                        armed.popleft()
                         self.cuts += 1
                         self._cut_all()
-                    elif armed is not None:
-                        self._armed[way] = armed - len(chunk)
+                    elif armed:
+                        armed[0] -= len(chunk)
                     self._changed.notify_all()
                 if fires:
                     return

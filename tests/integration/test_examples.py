@@ -1,8 +1,9 @@
-"""The examples and the README's quickstart as a reader runs them: scripts and commands, against real servers."""
+"""The examples, and the commands of README.md and docs/deploy.md, as a reader runs them: against real servers."""
 
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,18 +99,17 @@ def test_the_readmes_quickstart(tmp_path: Path) -> None:
     """The README's commands work as they stand, in a shell; only the port and the training time are others here."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Quickstart")[2]
     commands = section.partition("```sh\n")[2].partition("```")[0]
-    after_installing = commands[commands.index("paceline serve") :]
-    script = after_installing.replace("serve", f"serve --listen {free_address()}", 1)
-    script = script.replace("127.0.0.1:7070", "$ADDRESS").replace("train.py", "train.py --seconds 2")
-    assert script.count("$ADDRESS") == 4, "two workers, status and export"
+    address = free_address()
+    script = commands[commands.index("paceline serve") :].replace("127.0.0.1:7070", address)
+    script = script.replace("serve", f"serve --listen {address}").replace("train.py", "train.py --seconds 2")
+    assert script.count(f"train.py --seconds 2 --address {address}") == 2
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    address = script.split()[3]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with (tmp_path / "output").open("w+", encoding="utf-8") as output:
         shell = subprocess.Popen(
             ["/bin/sh", "-ec", script],
             cwd=tmp_path,
-            env=environment() | {"ADDRESS": address, "PATH": path},
+            env=environment() | {"PATH": path},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -125,6 +125,38 @@ def test_the_readmes_quickstart(tmp_path: Path) -> None:
     assert "shard 0: 1 fragments, 303,744 elements" in text
     assert "wrote 5 tensors with 303,744 elements" in text
     assert safetensors.torch.load_file(tmp_path / "model.safetensors")["0.weight"].shape == (256, 32)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_the_certificates_of_the_deployment_page(tmp_path: Path) -> None:
+    """What docs/deploy.md makes lets a worker in that has the authority and the token, and the container's probe."""
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    script = page.partition("```sh\n")[2].partition("```")[0]
+    subprocess.run(["/bin/sh", "-ec", script], cwd=tmp_path, capture_output=True, check=True)
+    files = tmp_path / "server"
+    security = {"tls_cert": files / "server.pem", "tls_key": files / "server.key", "token_file": files / "tokens"}
+    config = {**SHORT_ROUNDS, "security": {name: str(path) for name, path in security.items()}}
+    token = (files / "tokens").read_text(encoding="utf-8").strip()
+    with paceline_server.local(config) as address:
+        arguments = ("--steps", "8", "--tls-ca", str(files / "ca.pem"))
+        output_of(example("gradient_accumulation_amp.py", address, *arguments, token=token))
+        stranger = example("gradient_accumulation_amp.py", address, *arguments, token="wrong")
+        assert "UnauthenticatedError" in stranger.communicate(timeout=90)[1]
+        assert probe(address, files / "ca.pem") == (0, "")
+        code, reason = probe(address, None)
+        assert code == 1
+        assert "does not answer" in reason
+    code, reason = probe(address, files / "ca.pem")
+    assert code == 1
+    assert "does not answer" in reason
+
+
+def probe(address: str, ca: Path | None) -> tuple[int, str]:
+    """Run the container's health check; its exit code and what it says."""
+    variables = {"HEALTHCHECK_ADDRESS": address} | ({"HEALTHCHECK_CA": str(ca)} if ca is not None else {})
+    command = [sys.executable, str(ROOT / "deploy" / "healthcheck.py")]
+    done = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
 
 
 def free_address() -> str:

@@ -12,7 +12,7 @@ from paceline.demo.state import DemoState, Point, WorkerState
 FP32_BYTES = 4
 """Bytes of a parameter that isn't compressed."""
 BUSY_SHARE = 0.1
-"""With more than this share of steps overrunning their pace, the comparison says more of the machine than of training."""
+"""When more steps than this overran their pace, the comparison tells of the machine rather than of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
