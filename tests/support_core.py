@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from paceline_server.fragment import FragmentValues
@@ -20,6 +21,12 @@ from paceline_server.outer import OrderedMomentum
 from paceline_wire import codecs
 
 EXACT = codecs.codec("fp32")
+
+DEVICES = (
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
+)
+"""Parameters of tests that hold on every device."""
 
 ASYNC, QUORUM, BARRIER = ScheduleKind.ASYNC, ScheduleKind.QUORUM, ScheduleKind.BARRIER
 

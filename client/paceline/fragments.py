@@ -82,13 +82,13 @@ def require_values(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def gather(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A fragment's values, float32 [n] on the host; a view of the tensor where it is one piece of a fitting one."""
+    """A fragment's values, contiguous float32 [n] on the host; a view of the tensor where it is one such piece."""
     parts = [
         tensors[segment.tensor].detach().reshape(-1)[segment.tensor_start : segment.tensor_start + segment.length]
         for segment in fragment.segments
     ]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return flat.to(device="cpu", dtype=torch.float32)
+    return flat.to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def scatter(fragment: Fragment, values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:

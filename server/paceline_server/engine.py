@@ -89,7 +89,7 @@ class Engine:
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
         self._locks: dict[int, asyncio.Lock] = {}
         self._initializing = asyncio.Lock()
-        self._recipients: dict[tuple[str, int], Recipient] = {}
+        self._recipients: dict[tuple[str, int, int], Recipient] = {}
         self._events: set[asyncio.Task[Any]] = set()
         self._roster_changed = asyncio.Event()
 
@@ -115,8 +115,10 @@ class Engine:
 
         Raises:
             CodecError: They are not finite.
+            InvalidInputError: The fragment does not live here, or has its parameters.
         """
         num_elements = self.shard.plan_of(index).num_elements
+        self.shard.refuse_second_values(index)
         values = await self._in_thread(lambda: codecs.decode(codec, payload, num_elements))
         await self._journal.append(FragmentInitialized(fragment=index, payload=payload))
         self.shard.initialize_fragment(index, values)
@@ -130,7 +132,7 @@ class Engine:
             NotInitializedError: The shard's parameters are not complete.
         """
         self.shard.hosted(push.fragment)
-        self._recipients[push.request.worker, push.fragment] = recipient
+        self._recipients[push.request.worker, push.request.incarnation, push.fragment] = recipient
         return self._event(self._push(push))
 
     async def snapshot(self, index: int, codec: Codec) -> Snapshot:
@@ -218,7 +220,9 @@ class Engine:
     async def _carry_out(self, index: int, decision: Decision, ledger: Ledger, push: ReceivedPush | None) -> None:
         """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
         _, values = self.shard.hosted(index)
-        recipients = [(answer, self._recipients.get((answer.worker, index))) for answer in decision.answers]
+        recipients = [
+            (answer, self._recipients.get((answer.worker, answer.incarnation, index))) for answer in decision.answers
+        ]
         downlinks = {recipient.downlink for _, recipient in recipients if recipient is not None}
         contributing = push if decision.contribution is not None else None
         record = Decided(

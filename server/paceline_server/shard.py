@@ -119,6 +119,15 @@ class Shard:
         if difference is not None:
             raise ManifestMismatchError(f"this run has another model: {difference} (here: the run; there: yours)")
 
+    def refuse_second_values(self, index: int) -> None:
+        """Make sure that a fragment has no parameters yet: an upload must not undo what was trained since.
+
+        Raises:
+            InvalidInputError: It has some.
+        """
+        if self._fragments[index].values is not None:
+            raise InvalidInputError(f"fragment {index} came twice; an upload has each fragment once")
+
     def initialize_fragment(self, index: int, values: torch.Tensor) -> None:
         """Give a fragment its first parameters (float32 [n]; kept, not copied)."""
         fragment = self.plan_of(index)

@@ -12,7 +12,7 @@ import grpc
 import torch
 
 from integration.patience import PATIENCE_S
-from paceline_wire import PROTOCOL_VERSION
+from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.errors import ERROR_METADATA_KEY
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -36,11 +36,11 @@ class Ended:
     details: str
 
 
-def ended(error: grpc.RpcError) -> Ended:
-    """What a failed call of a synchronous stub says."""
-    assert isinstance(error, grpc.Call)
-    metadata = {item.key: item.value for item in error.trailing_metadata() or ()}
-    return Ended(error.code(), str(metadata.get(ERROR_METADATA_KEY, "")), error.details() or "")
+def ended(call: grpc.Call | grpc.RpcError) -> Ended:
+    """How a call of a synchronous stub ended; its error says the same."""
+    assert isinstance(call, grpc.Call)
+    metadata = {key: value for key, value in call.trailing_metadata() or ()}  # noqa: C416  # dict() drops its types
+    return Ended(call.code(), str(metadata.get(ERROR_METADATA_KEY, "")), call.details() or "")
 
 
 def payload_of(data: bytes, codec: pb.Codec.ValueType = pb.CODEC_FP32) -> pb.Payload:
@@ -115,7 +115,7 @@ class RawWorker:
         """An exchange stream; opened: its first message is sent already."""
         stream = RawStream(self)
         if opened:
-            stream.send(pb.ExchangeRequest(open=pb.ExchangeOpen(worker=self.worker, downlink=pb.CODEC_FP32)))
+            stream.open()
         return stream
 
 
@@ -129,6 +129,7 @@ class RawStream:
     """One exchange stream, driven message by message; a context manager that ends it."""
 
     def __init__(self, worker: RawWorker) -> None:
+        self._worker = worker.worker
         self._requests: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         requests: Iterator[pb.ExchangeRequest] = iter(self._requests.get, None)
         self._call = worker.stub.Exchange(requests, timeout=PATIENCE_S, metadata=worker.metadata)
@@ -146,10 +147,16 @@ class RawStream:
         """Send any message."""
         self._requests.put(message)
 
-    def push(self, fragment: int, seq: int, base_bin: int, values: torch.Tensor) -> None:
+    def open(self) -> None:
+        """Send `open`."""
+        opening = pb.ExchangeOpen(worker=self._worker, downlink=pb.CODEC_FP32)
+        self.send(pb.ExchangeRequest(open=opening))
+
+    def push(self, fragment: int, seq: int, base_bin: int, values: torch.Tensor, codec: str = "fp32") -> None:
         """Send an honest push (float32 [n]) in one message."""
-        data = fp32_bytes(values)
-        announced = pb.Push(fragment=fragment, seq=seq, base_bin=base_bin, payload=payload_of(data))
+        data = codecs.encode(codecs.codec(codec), values).numpy().tobytes()
+        payload = payload_of(data, codecs.wire_value(codecs.codec(codec)))
+        announced = pb.Push(fragment=fragment, seq=seq, base_bin=base_bin, payload=payload)
         self.send(pb.ExchangeRequest(push=announced, data=data))
 
     def update(self) -> tuple[pb.Update, torch.Tensor]:

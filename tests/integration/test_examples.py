@@ -133,7 +133,7 @@ def test_the_certificates_of_the_deployment_page(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     script = page.partition("```sh\n")[2].partition("```")[0]
     subprocess.run(["/bin/sh", "-ec", script], cwd=tmp_path, capture_output=True, check=True)
-    files = tmp_path / "server"
+    files = tmp_path / "certs" / "server"
     security = {"tls_cert": files / "server.pem", "tls_key": files / "server.key", "token_file": files / "tokens"}
     config = {**SHORT_ROUNDS, "security": {name: str(path) for name, path in security.items()}}
     token = (files / "tokens").read_text(encoding="utf-8").strip()

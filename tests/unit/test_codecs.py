@@ -210,7 +210,7 @@ def test_encoding_is_the_reference_encoding(name: str, values: FloatArray) -> No
 @given(size=st.sampled_from(SIZES), seed=st.integers(0, 2**32), exponent=st.integers(-149, 118))
 def test_decoding_any_codes_is_the_reference_decoding(name: str, size: int, seed: int, exponent: int) -> None:
     """Arbitrary codes under any valid scale decode to what the specification says, the unused ones included."""
-    generator = random.Random(seed)  # noqa: S311 - test data
+    generator = random.Random(seed)
     payload = bytearray(generator.randbytes(codec(name).encoded_bytes(size)))
     if name in BLOCKWISE:
         for block in range(-(-size // BLOCK_ELEMENTS)):
@@ -530,7 +530,7 @@ def test_wrong_tensors_are_refused(name: str) -> None:
 @each_codec
 def test_any_bytes_decode_to_finite_values_or_are_refused(name: str) -> None:
     """Decoding returns finite values or raises CodecError, nothing else, over thousands of damaged payloads."""
-    generator = random.Random(f"fuzz {name}")  # noqa: S311 - test data
+    generator = random.Random(f"fuzz {name}")
     outcomes = {"decoded": 0, "refused": 0}
     valid = {size: as_bytes(encode(codec(name), normal(size) * 1e3)) for size in (1, 256, 300, 700)}
     for _ in range(4000):

@@ -7,7 +7,7 @@ import torch
 
 from paceline.demo.model import ModelConfig, build_model, evaluate
 from paceline.demo.settings import DemoSettings
-from paceline.demo.training import Pacer, build_optimizer, learning_rate_at, train
+from paceline.demo.training import Pacer, build_optimizer, learning_rate, train
 
 
 class FakeTime:
@@ -75,12 +75,21 @@ def test_training_ends_with_its_time_and_learns(time: FakeTime) -> None:
 
 
 def test_the_rate_rises_then_falls_to_a_tenth() -> None:
-    """The learning rate peaks early and ends at a tenth of the peak."""
-    rates = [learning_rate_at(1.0, share / 100) for share in range(101)]
-    assert 0 < rates[0] < 0.1
+    """The learning rate peaks when a twentieth of the time has passed, and ends at a tenth of the peak."""
+    settings = DemoSettings(seconds=100.0, learning_rate=1.0, step_s=0.5)
+    rates = [learning_rate(settings, begin_s=0.0, elapsed_s=float(second)) for second in range(101)]
+    assert math.isclose(0.1, rates[0])
     assert rates.index(max(rates)) == 5
     assert sorted(rates[5:], reverse=True) == rates[5:]
     assert math.isclose(0.1, rates[-1])
+
+
+def test_whoever_begins_late_begins_low() -> None:
+    """A worker whose first step comes after the usual rise still has one of its own."""
+    settings = DemoSettings(seconds=100.0, learning_rate=1.0, step_s=0.5)
+    assert learning_rate(settings, begin_s=20.0, elapsed_s=20.0) < 0.1
+    on_time = learning_rate(settings, begin_s=0.0, elapsed_s=25.0)
+    assert math.isclose(on_time, learning_rate(settings, begin_s=20.0, elapsed_s=25.0))
 
 
 def test_a_seed_decides_the_first_parameters() -> None:

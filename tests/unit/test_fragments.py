@@ -1,5 +1,7 @@
 """Between named tensors and flat fragments: what is exchanged, and that gathering and scattering are inverse."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,13 +18,14 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset")
 
 def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """A tensor of that shape whose elements lie in memory as the layout says."""
+    num_elements = math.prod(shape)
     if layout == "transposed":
-        return normal(torch.Size(shape).numel(), seed).to(dtype).reshape(shape[::-1]).permute(*range(len(shape))[::-1])
+        return normal(num_elements, seed).to(dtype).reshape(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
     if layout == "strided":
-        return normal(2 * torch.Size(shape).numel(), seed).to(dtype).reshape(*shape, 2)[..., 1]
+        return normal(2 * num_elements, seed).to(dtype).reshape(*shape, 2)[..., 1]
     if layout == "offset":
-        return normal(torch.Size(shape).numel() + 3, seed).to(dtype)[3:].reshape(shape)
-    return normal(torch.Size(shape).numel(), seed).to(dtype).reshape(shape)
+        return normal(num_elements + 3, seed).to(dtype)[3:].reshape(shape)
+    return normal(num_elements, seed).to(dtype).reshape(shape)
 
 
 tensor_dicts = st.dictionaries(

@@ -142,7 +142,7 @@ def test_arrival_orders_agree_where_plain_momentum_spreads() -> None:
     gradients = LabelledGradients(num_workers, 0)
     ordered, plain = [], []
     for seed in range(50):
-        order = Random(seed)  # noqa: S311  # not for secrets
+        order = Random(seed)  # not for secrets
         played = asynchronous(num_workers, lr=lr, momentum=beta)
         arrived = [g for _, g in play(played, num_workers, gradients, num_bins, order)]
         ordered.append(played.w.double())

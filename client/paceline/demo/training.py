@@ -69,10 +69,17 @@ class Pacer:
         self._stopped_s += self._clock() - begin_s
 
 
-def learning_rate_at(peak: float, share: float) -> float:
-    """Return the learning rate after a share (0 to 1) of the training time: a short rise, then a straight fall."""
-    rise = min(1.0, (share + 1e-3) / WARMUP_SHARE)
-    return peak * rise * (1 - (1 - FINAL_RATE) * min(1.0, share))
+def learning_rate(settings: DemoSettings, *, begin_s: float, elapsed_s: float) -> float:
+    """Return the learning rate at a moment: a short rise from the first step on, then a straight fall to the end.
+
+    Args:
+        settings: The peak and the training time.
+        begin_s: Training time at the first step: joining a run takes some, and Adam must not begin at the full rate.
+        elapsed_s: Training time now.
+    """
+    rise = (elapsed_s - begin_s + settings.step_s) / (WARMUP_SHARE * settings.seconds)
+    fall = (1 - FINAL_RATE) * min(1.0, elapsed_s / settings.seconds)
+    return settings.learning_rate * min(1.0, rise) * (1 - fall)
 
 
 def build_optimizer(model: nn.Module, settings: DemoSettings) -> torch.optim.AdamW:
@@ -107,9 +114,10 @@ def train(
         The result of each step.
     """
     generator = torch.Generator().manual_seed(1000 * settings.seed + stream)
+    begin_s = pacer.elapsed_s
     while pacer.elapsed_s < settings.seconds:
         with pacer.step():
-            rate = learning_rate_at(settings.learning_rate, pacer.elapsed_s / settings.seconds)
+            rate = learning_rate(settings, begin_s=begin_s, elapsed_s=pacer.elapsed_s)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             inputs, targets = sample_batch(data, settings.batch_size, settings.model.context, generator)

@@ -1,0 +1,287 @@
+"""What no honest client sends: each gets a named error and a sentence, and neither state nor others suffer."""
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import paceline_server
+from integration.patience import PATIENCE_S
+from integration.raw import Ended, RawWorker, ended, fp32_bytes, payload_of
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+FRAGMENT = 256
+MANIFEST = pb.Manifest(
+    tensors=[pb.Tensor(name="x", shape=[2, FRAGMENT], dtype=pb.DTYPE_FLOAT32, role=pb.ROLE_PARAMETER)],
+    fragment_elements=FRAGMENT,
+)
+VALUES = {0: torch.linspace(-1, 1, FRAGMENT), 1: torch.linspace(2, 3, FRAGMENT)}
+ONES = fp32_bytes(torch.ones(FRAGMENT))
+CONFIG = {
+    "schedule": {"quota": 1, "lease_s": 3600},
+    "exchange": {"uplink": "fp32", "downlink": "fp32", "fragment_elements": FRAGMENT},
+}
+BIGGEST = (1 << 64) - 1
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A run of two fragments."""
+    with paceline_server.local(CONFIG) as found:
+        with RawWorker(found) as raw:
+            raw.initialize(MANIFEST, VALUES)
+        yield found
+
+
+@pytest.fixture
+def hostile(address: str) -> Iterator[RawWorker]:
+    """A member up to no good; afterwards the state is as it was, and an honest worker's exchange works."""
+    with RawWorker(address, "hostile") as raw:
+        raw.join()
+        before = [raw.fetch(fragment) for fragment in (0, 1)]
+        yield raw
+        after = [raw.fetch(fragment) for fragment in (0, 1)]
+        for (old_bin, old_values), (new_bin, new_values) in zip(before, after, strict=True):
+            assert old_bin == new_bin
+            assert torch.equal(old_values, new_values)
+        with RawWorker(address, "honest") as honest:
+            honest.join()
+            with honest.exchange() as stream:
+                stream.push(0, 1, before[0][0], torch.zeros(FRAGMENT))
+                update, values = stream.update()
+                assert not update.HasField("refusal")
+                assert torch.isfinite(values).all()
+
+
+def pushed(**changes: object) -> pb.ExchangeRequest:
+    """An honest first push of ones to fragment 0 but for changes of its announcement's fields, or of `data`."""
+    data = changes.pop("data", ONES)
+    assert isinstance(data, bytes)
+    payload = payload_of(ONES)
+    for name in ("codec", "num_bytes", "crc32"):
+        if name in changes:
+            setattr(payload, name, changes.pop(name))
+    push = pb.Push(fragment=0, seq=1, base_bin=0, payload=payload)
+    for name, value in changes.items():
+        setattr(push, name, value)
+    return pb.ExchangeRequest(push=push, data=data)
+
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+STREAMS: dict[str, tuple[list[pb.ExchangeRequest], str, grpc.StatusCode, str]] = {
+    "data before a push": ([pb.ExchangeRequest(data=b"data")], "InvalidInputError", INVALID, "before any payload"),
+    "an empty message": ([pb.ExchangeRequest()], "InvalidInputError", INVALID, "before any payload"),
+    "another size than the codec's": ([pushed(num_bytes=1020)], "CodecError", INVALID, "1020 bytes was announced"),
+    "an enormous size": ([pushed(num_bytes=BIGGEST)], "CodecError", INVALID, "elements in fp32 are 1024 bytes"),
+    "no bytes": ([pushed(num_bytes=0, data=b"")], "CodecError", INVALID, "0 bytes was announced"),
+    "more bytes than announced": ([pushed(data=ONES + b"\0")], "InvalidInputError", INVALID, "1025 bytes came"),
+    "more bytes, later": (
+        [pushed(data=ONES[:1000]), pb.ExchangeRequest(data=ONES)],
+        "InvalidInputError",
+        INVALID,
+        "bytes came for a payload",
+    ),
+    "a push inside a push": ([pushed(data=ONES[:9]), pushed()], "InvalidInputError", INVALID, "before the one before"),
+    "a damaged payload": ([pushed(crc32=5)], "DamagedPayloadError", grpc.StatusCode.DATA_LOSS, "CRC-32"),
+    "an unknown fragment": ([pushed(fragment=2)], "InvalidInputError", INVALID, "fragment 2 does not live on shard 0"),
+    "the last fragment number": ([pushed(fragment=(1 << 32) - 1)], "InvalidInputError", INVALID, "does not live"),
+    "an unknown codec": ([pushed(codec=77)], "CodecError", INVALID, "unknown codec number 77"),
+    "no codec": ([pushed(codec=0)], "CodecError", INVALID, "does not say its codec"),
+    "a gap in the sequence": ([pushed(seq=2)], "InvalidInputError", INVALID, "push 2 .* where push 1 was due"),
+    "the number 0": ([pushed(seq=0)], "InvalidInputError", INVALID, "push 0 .* where push 1 was due"),
+    "the last number": ([pushed(seq=BIGGEST)], "InvalidInputError", INVALID, "send them in order"),
+    "a speed of nothing": ([pushed(inner_step_us=0)], "InvalidInputError", INVALID, "must be positive"),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_that_breaks_the_rules_ends_with_a_named_error(hostile: RawWorker, kind: str) -> None:
+    """The stream ends with the error's name, its one status, and a sentence."""
+    messages, error, code, sentence = STREAMS[kind]
+    with hostile.exchange() as stream:
+        for message in messages:
+            stream.send(message)
+        expect(stream.end(), error, code, sentence)
+
+
+def expect(end: Ended, error: str, code: grpc.StatusCode, sentence: str) -> None:
+    """The call ended as said."""
+    assert (end.error, end.code) == (error, code)
+    assert re.search(sentence, end.details), end.details
+
+
+@pytest.mark.parametrize("base_bin", [1, BIGGEST])
+def test_a_base_from_the_future_is_refused(address: str, base_bin: int) -> None:
+    """A push from a bin that has not begun is answered with a refusal; the stream goes on."""
+    with RawWorker(address, "prophet") as raw:
+        raw.join()
+        newest, before = raw.fetch(1)
+        with raw.exchange() as stream:
+            stream.push(1, 1, max(base_bin, newest + 1), torch.ones(FRAGMENT))
+            update, values = stream.update()
+            assert "has not begun" in update.refusal
+            assert torch.equal(values, before)
+            stream.push(1, 2, update.bin, torch.zeros(FRAGMENT))
+            assert not stream.update()[0].HasField("refusal")
+
+
+def test_a_stream_begins_with_open_and_is_opened_once(hostile: RawWorker) -> None:
+    """Nothing, or anything else, instead of `open` ends the stream, and so does a second `open`."""
+    opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=hostile.worker))
+    for messages in ([], [pushed()], [pb.ExchangeRequest(data=b"data")]):
+        with pytest.raises(grpc.RpcError) as refused:
+            list(hostile.stub.Exchange(iter(messages), timeout=PATIENCE_S))
+        expect(ended(refused.value), "InvalidInputError", INVALID, "begins with `open`")
+    with hostile.exchange() as stream:
+        stream.send(opening)
+        expect(stream.end(), "InvalidInputError", INVALID, "opened once")
+
+
+@pytest.mark.parametrize("downlink", [pb.CODEC_INT8, pb.CODEC_FP4, 99])
+def test_updates_come_in_no_other_codec(hostile: RawWorker, downlink: int) -> None:
+    """A downlink that this version does not write, or that does not exist, is refused when the stream is opened."""
+    with hostile.exchange(opened=False) as stream:
+        opening = pb.ExchangeOpen(worker=hostile.worker)
+        opening.downlink = downlink  # type: ignore[assignment]  # numbers outside the enum are the point
+        stream.send(pb.ExchangeRequest(open=opening))
+        assert stream.end().code is INVALID
+    with pytest.raises(grpc.RpcError) as refused:
+        list(hostile.stub.Fetch(pb.FetchRequest(codec=opening.downlink), timeout=PATIENCE_S))
+    assert ended(refused.value).code is INVALID
+
+
+def test_only_members_push(address: str, hostile: RawWorker) -> None:
+    """Who has not joined, or has left, is told to join."""
+    precondition = grpc.StatusCode.FAILED_PRECONDITION
+    with RawWorker(address, "nobody") as nobody, nobody.exchange() as stream:
+        expect(stream.end(), "NotAMemberError", precondition, "join again")
+        with pytest.raises(grpc.RpcError) as refused:
+            nobody.heartbeat()
+        expect(ended(refused.value), "NotAMemberError", precondition, "join again")
+        nobody.leave()
+    hostile.leave()
+    with hostile.exchange() as stream:
+        expect(stream.end(), "NotAMemberError", precondition, "join again")
+
+
+def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
+    """A push on a stream that was opened as a member is refused once the worker has left."""
+    with RawWorker(address, "leaver") as raw:
+        raw.join()
+        with raw.exchange() as stream:
+            stream.push(0, 1, 0, torch.zeros(FRAGMENT))
+            stream.update()
+            raw.leave()
+            stream.push(0, 2, 0, torch.ones(FRAGMENT))
+            expect(stream.end(), "NotAMemberError", grpc.StatusCode.FAILED_PRECONDITION, "join again")
+
+
+def test_a_superseded_incarnation_must_stop(address: str) -> None:
+    """Once a newer start of the same worker has joined, the older one gets nowhere, on no call."""
+    with RawWorker(address, "again") as old, RawWorker(address, "again") as new:
+        old.join()
+        with old.exchange() as stream:
+            stream.push(0, 1, 0, torch.zeros(FRAGMENT))
+            stream.update()
+            new.join()
+            stream.push(0, 2, 0, torch.ones(FRAGMENT))
+            expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "newer incarnation")
+        for call in (old.join, old.heartbeat):
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            expect(ended(refused.value), "SupersededError", grpc.StatusCode.ABORTED, "must stop")
+        with old.exchange() as stream:
+            expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "must stop")
+        old.leave()
+        assert new.heartbeat().active_workers > 0
+        with new.exchange() as stream:
+            stream.push(0, 1, 0, torch.zeros(FRAGMENT))
+            assert stream.update()[0].seq == 1
+
+
+@pytest.mark.parametrize("worker_id", ["", "a" * 129, "a b", "a/b", "ä", "a\n"])
+def test_names_are_checked(address: str, worker_id: str) -> None:
+    """A worker's name that could confuse a log or a file is refused with what is allowed."""
+    with RawWorker(address, worker_id) as raw:
+        with pytest.raises(grpc.RpcError) as refused:
+            raw.join()
+        expect(ended(refused.value), "InvalidInputError", INVALID, "use 1 to 128 letters")
+
+
+def test_an_incarnation_is_positive(address: str) -> None:
+    """Incarnation 0, which is how an absent one looks, is refused."""
+    with RawWorker(address, "zero") as raw:
+        raw.worker.incarnation = 0
+        with pytest.raises(grpc.RpcError) as refused:
+            raw.join()
+        expect(ended(refused.value), "InvalidInputError", INVALID, "must be positive")
+
+
+def test_an_oversized_message_ends_its_stream_only(hostile: RawWorker) -> None:
+    """A message above the limit is refused by gRPC before it is read whole."""
+    with hostile.exchange() as stream, hostile.exchange() as other:
+        stream.send(pushed(data=bytes(17 << 20)))
+        assert stream.end().code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        other.send(pb.ExchangeRequest(data=b"data"))
+        expect(other.end(), "InvalidInputError", INVALID, "before any payload")
+
+
+def test_bytes_that_are_no_protocol_do_no_harm(address: str, hostile: RawWorker) -> None:
+    """Garbage instead of HTTP/2, and garbage instead of messages, end at their own connection or call."""
+    host, _, port = address.rpartition(":")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 64, preface + b"\xff" * 999):
+        # The server may hang up at any moment.
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection,
+        ):
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+    with grpc.insecure_channel(address) as channel:
+        path = "/paceline_wire.v1.ParameterServerService/Exchange"
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+        with pytest.raises(grpc.RpcError):
+            list(method(iter([b"\xff" * 100]), timeout=PATIENCE_S))
+
+
+numbers = st.one_of(st.integers(0, 3), st.sampled_from([255, 256, 1 << 31, (1 << 32) - 1]))
+long_numbers = st.one_of(numbers, st.sampled_from([1 << 32, 1 << 63, BIGGEST]))
+payloads = st.builds(
+    pb.Payload,
+    codec=st.sampled_from([0, 1, 2, 3, 4, 5]),
+    num_bytes=st.one_of(long_numbers, st.sampled_from([512, 260, 132, 1024])),
+    crc32=st.one_of(st.none(), st.integers(0, (1 << 32) - 1)),
+)
+pushes = st.builds(
+    pb.Push,
+    fragment=numbers,
+    seq=long_numbers,
+    base_bin=long_numbers,
+    payload=st.one_of(st.none(), payloads),
+    inner_step_us=st.one_of(st.none(), long_numbers),
+)
+data = st.binary(max_size=100)
+requests = st.one_of(
+    st.builds(pb.ExchangeRequest, push=pushes, data=data),
+    st.builds(pb.ExchangeRequest, data=data),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(messages=st.lists(requests, max_size=5))
+def test_whatever_is_sent_no_end_is_an_accident(hostile: RawWorker, messages: list[pb.ExchangeRequest]) -> None:
+    """A stream of any messages ends in order or with a named error; an accident of the server's would have no name."""
+    opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=hostile.worker))
+    call = hostile.stub.Exchange(iter([opening, *messages]), timeout=PATIENCE_S)
+    with contextlib.suppress(grpc.RpcError):
+        list(call)
+    assert call.code() is grpc.StatusCode.OK or ended(call).error
