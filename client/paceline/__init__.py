@@ -1,7 +1,12 @@
 """Train one torch model from many places: `join` a training loop to a run, or `connect` to it from asyncio."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# DataLoader workers are forked from a process that has joined. gRPC's own fork handlers crash them; without these they
+# are safe, since they leave gRPC alone. gRPC reads this when it is first imported.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
     from paceline.channels import TLS

@@ -39,6 +39,7 @@ _OPTIONS = (
 )
 
 _TRANSIENT = {
+    grpc.StatusCode.OK,
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
@@ -46,7 +47,10 @@ _TRANSIENT = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-"""What a broken connection or a dying peer looks like, unless the peer named an error of its own."""
+"""What a broken connection or a dying peer looks like, unless the peer named an error of its own.
+
+OK is among them for streams that should not have ended.
+"""
 
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 5.0
@@ -133,21 +137,27 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def error_of(error: grpc.RpcError, target: str) -> PacelineError:
-    """The error that a failed call stands for: the class that the peer named, or the one that its status implies."""
+    """The error that a failed call to a target stands for."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return UnavailableError(f"the call to {target} failed: {error}")
-    metadata = error.trailing_metadata()
+    return error_of_status(error.code(), error.details(), error.trailing_metadata(), target)
+
+
+def error_of_status(
+    code: grpc.StatusCode, details: str | None, metadata: grpc.aio.Metadata | None, target: str
+) -> PacelineError:
+    """The error that a call's status stands for: of the class that the peer named, or the one that the code implies."""
     named = dict(metadata or ()).get(ERROR_METADATA_KEY)
-    details = error.details() or error.code().name
+    details = details or code.name
     if named in ERRORS_BY_NAME:
         return ERRORS_BY_NAME[str(named)](details)
-    if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return UnauthenticatedError(f"{target} refused this worker: {details}")
-    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+    if code is grpc.StatusCode.UNIMPLEMENTED:
         return ProtocolVersionError(f"{target} is not a Paceline server of this protocol version: {details}")
-    if error.code() in _TRANSIENT:
+    if code in _TRANSIENT:
         return UnavailableError(f"{target} cannot be reached: {details}")
-    return PacelineError(f"{target} failed with {error.code().name}: {details}")
+    return PacelineError(f"{target} failed with {code.name}: {details}")
 
 
 def backoff_s(jitter: random.Random) -> Iterator[float]:

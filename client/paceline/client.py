@@ -84,8 +84,11 @@ class Client:
         kept = exchanged(tensors)
         await self._session.initialize(manifest_of(kept, averaged, self._session.fragment_elements), kept)
 
-    async def fetch(self) -> Base:
+    async def fetch(self, codec: str | None = None) -> Base:
         """The current parameters.
+
+        Args:
+            codec: How they are sent, "fp32" for every bit; None: as the server says for updates.
 
         Raises:
             NotInitializedError: The run has none yet.
@@ -93,7 +96,7 @@ class Client:
         """
         manifest = await self._known_manifest()
         base = _empty_base(manifest)
-        fetched = await self._session.fetch_all(self._downlink)
+        fetched = await self._session.fetch_all(codecs.codec(codec) if codec else self._downlink)
         for fragment, (values, newest_bin) in zip(manifest.fragments, fetched, strict=True):
             base.bins[fragment.index] = newest_bin
             await in_codec_thread(scatter, fragment, values, base.tensors)

@@ -23,12 +23,12 @@ REACH_S = 5.0
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the address and the options that every connection needs."""
+    token_help = "The run's token. Others on this machine can see flags, but not variables."
+    ca = click.Path(exists=True, dir_okay=False)
     for option in (
-        click.option(
-            "--tls-ca", type=click.Path(exists=True, dir_okay=False), help="CA file to verify the server with."
-        ),
+        click.option("--tls-ca", type=ca, help="CA file to verify the server with."),
         click.option("--tls", is_flag=True, help="Use TLS and verify with the system's authorities."),
-        click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help="The run's token."),
+        click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help=token_help),
         click.argument("address"),
     ):
         command = option(command)
@@ -56,6 +56,8 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object about what was written.")
 def export(address: str, token: str | None, tls: bool, tls_ca: str | None, output: Path, as_json: bool) -> None:
     """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes."""
+    if not output.absolute().parent.is_dir():
+        raise click.BadParameter(f"the folder {output.absolute().parent} does not exist", param_hint="OUTPUT")
     import safetensors.torch
 
     tensors = asyncio.run(_parameters(address, token, tls_ca or tls))
@@ -78,7 +80,7 @@ async def _parameters(address: str, token: str | None, tls: str | bool) -> "dict
     from paceline.client import connect
 
     async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
-        base = await client.fetch()
+        base = await client.fetch("fp32")
         return _in_model_dtypes(client, base.tensors)
 
 

@@ -17,11 +17,11 @@ from typing import TypeVar
 import grpc
 import torch
 
-from paceline.channels import Access, backoff_s, error_of
+from paceline.channels import Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import NotAMemberError, PacelineError, UnavailableError
+from paceline_wire.errors import NotAMemberError, NotInitializedError, PacelineError, UnavailableError
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Assembly, Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -201,6 +201,9 @@ class ShardConnection:
         """Keep exchanging; whatever ends that for good reaches everybody who waits."""
         try:
             await self._exchange_again_and_again()
+        except NotInitializedError:
+            lost = "it was restarted, and its state was in memory; what workers hold is all that is left"
+            self._fail(NotInitializedError(f"{self.target} no longer has this run: {lost}"))
         except PacelineError as error:
             self._fail(error)
         except Exception as error:
@@ -249,9 +252,8 @@ class ShardConnection:
             raise error_of(error, self.target) from error
         except asyncio.InvalidStateError as error:
             # grpc.aio's writes say so when the stream has ended meanwhile; the status tells why.
-            raise UnavailableError(
-                f"{self.target} ended the stream: {await call.details() or 'no reason given'}"
-            ) from error
+            metadata = await call.trailing_metadata()
+            raise error_of_status(await call.code(), await call.details(), metadata, self.target) from error
         finally:
             for part in parts:
                 part.cancel()

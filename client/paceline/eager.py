@@ -131,6 +131,10 @@ class WorkerFragment:
         """Take the answer to a push: the server's newest values (float32 [n]; kept, not copied) and their bin."""
         self._uplink.settle(seq, applied=applied)
         del self._expected_steps[seq]
+        self.rebase(values, bin)
+
+    def rebase(self, values: torch.Tensor, bin: int) -> None:  # noqa: A002
+        """Take newer server values (float32 [n]; kept, not copied) and their bin."""
         self._base = values
         self._bin = bin
 

@@ -165,10 +165,12 @@ class Exchanger:
         """Exchange a round that has ended, given each fragment's start and end; done when all is answered."""
         return asyncio.run_coroutine_threadsafe(self._round(starts, ends), self._loop)
 
-    def propose_bases(self) -> None:
-        """Propose the newest server state as it is, without any estimate; nothing may be in flight."""
-        for fragment, start in zip(self._fragments, self.starts, strict=True):
-            start.propose(fragment.base)
+    def propose_canonical(self) -> None:
+        """Propose the server's parameters as they are now, in every bit; nothing may be in flight."""
+        bases = self._wait_for(self._connected().fetch_all(codecs.codec("fp32")))
+        for fragment, start, (values, newest_bin) in zip(self._fragments, self.starts, bases, strict=True):
+            fragment.rebase(values, newest_bin)
+            start.propose(values)
 
     def close(self) -> None:
         """Leave the run. Closing twice is not an error."""

@@ -127,7 +127,7 @@ class Run:
             self._wait_for_room(self._exchanger.window)
             self._end_round()
         self._wait_for_room(1)
-        self._exchanger.propose_bases()
+        self._exchanger.propose_canonical()
         self._untouched = True
         self._adopt()
 

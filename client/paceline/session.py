@@ -227,7 +227,7 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
     channel = access.channel(address)
     try:
         stub = pb_grpc.ParameterServerServiceStub(channel)
-        description = await _persistently(lambda: _describe(stub, access, address), reach_s)
+        description = await _persistently(lambda: _describe(stub, access, address, min(CALL_S, reach_s)), reach_s)
     finally:
         await channel.close()
     targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
@@ -242,10 +242,10 @@ def new_worker(worker_id: str) -> pb.Worker:
 
 
 async def _describe(
-    stub: "pb_grpc.ParameterServerServiceAsyncStub", access: Access, target: str
+    stub: "pb_grpc.ParameterServerServiceAsyncStub", access: Access, target: str, timeout_s: float = CALL_S
 ) -> pb.DescribeResponse:
     request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
-    description = await _called(stub.Describe(request, timeout=CALL_S, metadata=access.metadata), target)
+    description = await _called(stub.Describe(request, timeout=timeout_s, metadata=access.metadata), target)
     if description.protocol_version != PROTOCOL_VERSION:
         older = "client" if description.protocol_version > PROTOCOL_VERSION else "server"
         raise ProtocolVersionError(

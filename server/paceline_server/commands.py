@@ -5,6 +5,7 @@ torch and grpc are imported by the functions that need them: `paceline --help` l
 
 import json
 import signal
+import socket
 import sys
 import threading
 
@@ -74,4 +75,8 @@ def _announce(config: ServerConfig, ports: list[int], as_json: bool) -> None:
         click.echo(json.dumps({"event": "listening", "address": addresses[0], "shards": addresses, "durable": False}))
         return
     click.echo(f"serving on {', '.join(addresses)}; the state is held in memory and ends with this process")
-    click.echo(f"workers join with: paceline.join({addresses[0]!r}, model, optimizer)")
+    reachable = f"{socket.gethostname()}:{ports[0]}" if config.host in ("0.0.0.0", "::") else addresses[0]  # noqa: S104
+    arguments = [repr(reachable), "model", "optimizer"]
+    arguments += ["token=..."] if config.security.accepted_tokens() else []
+    arguments += ["tls=..."] if config.security.tls_cert else []
+    click.echo(f"workers join with: paceline.join({', '.join(arguments)})")

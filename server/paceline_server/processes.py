@@ -1,6 +1,7 @@
 """Starts and stops the processes of a run's shards, and the embedded server for tests and notebooks."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,8 @@ class ShardProcesses:
             mapping = _with_secrets(self._config)
             for index in range(self._config.shards):
                 self.processes.append(_started())
-                _tell(self.processes[index], {"config": mapping, "index": index})
+                level = logging.getLogger("paceline_server").getEffectiveLevel()
+                _tell(self.processes[index], {"config": mapping, "index": index, "log_level": level})
             self.ports = [int(_next_line(process)["port"]) for process in self.processes]
             for process in self.processes:
                 _tell(process, {"ports": self.ports})

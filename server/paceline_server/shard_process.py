@@ -2,7 +2,7 @@
 
 processes.py starts it and holds the other end:
 
-1. stdin: {"config": {...}, "index": i}     the configuration, secrets included, so that none is in the process list
+1. stdin: {"config": {...}, "index": i, "log_level": l}  secrets included, so that none is in the process list
 2. stdout: {"port": p}                      the port is taken; or {"error": "..."} and exit code 2
 3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
 4. stdout: {"event": "serving"}             the shard answers
@@ -11,6 +11,7 @@ processes.py starts it and holds the other end:
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from typing import Any
@@ -43,6 +44,8 @@ async def _serve() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     first = json.loads(await stdin.readline())
     config = config_from_mapping(first["config"])
+    logging.basicConfig(format=f"%(asctime)s %(levelname)s shard {first['index']}: %(message)s")
+    logging.getLogger("paceline_server").setLevel(first["log_level"])
     server = ShardServer(config, first["index"])
     _tell(port=server.bind())
     ports = json.loads(await stdin.readline() or "{}").get("ports")

@@ -138,30 +138,36 @@ class Line(nn.Module):
         return (self.x - torch.tensor([1.0, 2.0, 3.0])).square().sum()
 
 
+@pytest.fixture(scope="module")
+def line_address() -> Iterator[str]:
+    """A run of lines."""
+    with paceline_server.local(config(dynamic_inner_steps=False)) as found:
+        yield found
+
+
 @pytest.mark.parametrize("overlap", ["eager", "delayed"])
-def test_a_model_that_went_bad_is_healed_from_the_run(overlap: str) -> None:
+def test_a_model_that_went_bad_is_healed_from_the_run(line_address: str, overlap: str) -> None:
     """A worker ruined by NaN gradients is refused and goes on from the run's state; the other notices nothing."""
     models = [Line(), Line()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
-    with paceline_server.local(config(dynamic_inner_steps=False)) as server:
-        runs = [
-            paceline.join(server, model, optimizer, inner_steps=2, overlap=overlap)
-            for model, optimizer in zip(models, optimizers, strict=True)
-        ]
-        for step in range(60):
-            for model, optimizer in zip(models, optimizers, strict=True):
-                optimizer.zero_grad()
-                torch.autograd.backward(model.loss())
-                if model is models[0] and step in (7, 20):
-                    assert model.x.grad is not None
-                    model.x.grad[1] = torch.nan
-                optimizer.step()
-            assert torch.isfinite(models[1].x).all()
-        for run in runs:
-            run.flush()
-        stats = [run.stats() for run in runs]
-        for run in runs:
-            run.close()
+    runs = [
+        paceline.join(line_address, model, optimizer, inner_steps=2, overlap=overlap)
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    for step in range(60):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.autograd.backward(model.loss())
+            if model is models[0] and step in (7, 20):
+                assert model.x.grad is not None
+                model.x.grad[1] = torch.nan
+            optimizer.step()
+        assert torch.isfinite(models[1].x).all()
+    for run in runs:
+        run.flush()
+    stats = [run.stats() for run in runs]
+    for run in runs:
+        run.close()
     assert torch.equal(models[0].x, models[1].x)
     assert models[0].loss().item() < 0.1
     assert stats[0].pushes_refused == 2

@@ -101,9 +101,11 @@ def test_a_busy_machine_is_not_passed_over(state: DemoState) -> None:
 
 
 def test_a_loss_that_is_no_number_has_not_fallen(state: DemoState) -> None:
-    """A run that diverged doesn't pass for one that learned."""
+    """A run that diverged doesn't pass for one that learned, and its report is still JSON."""
     state.curve[-1] = Point(20.0, float("nan"))
-    assert not summarize(state).loss_fell
+    report = summarize(state)
+    assert not report.loss_fell
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["loss_end"] is None
 
 
 def test_the_table_shows_the_figures(state: DemoState) -> None:

@@ -1,5 +1,6 @@
 """What a demo came to: the figures, as a table, as JSON, and as a plot of loss against time."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,11 @@ class Report:
         return self.loss_end < self.loss_start
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON can carry them."""
-        return asdict(self)
+        """Return the figures as JSON can carry them: what is no finite number is None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def summarize(state: DemoState) -> Report:
@@ -160,6 +164,10 @@ def save_plot(state: DemoState, path: Path) -> None:
     axes.set_xlabel("training time, s")
     axes.set_ylabel("held-out loss, nats per byte")
     axes.set_title("Python's standard library, byte by byte", loc="left")
+    later = [point.loss for point in (*state.curve, *state.single_curve) if point.elapsed_s > settings.seconds / 10]
+    if later and math.isfinite(highest := max(later)):
+        # The untrained model is left above the picture, or it would flatten everything else.
+        axes.set_ylim(top=highest + 0.1 * (highest - min(later)) + 0.01)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)

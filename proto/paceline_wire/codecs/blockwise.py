@@ -183,8 +183,9 @@ class BlockwiseCodec(ABC):
         wrong = torch.logical_not((scales >= 0) & (scales < math.inf)).nonzero()
         block = int(wrong[0])
         raise CodecError(
-            f"{self.name}: the scale of block {block} is {float(scales[block])} "
-            f"({wrong.numel()} of {scales.numel()} are wrong); scales are finite and not negative"
+            f"{self.name}: some values are not finite, or the payload is damaged: the scale of block {block} is "
+            f"{float(scales[block])} ({wrong.numel()} of {scales.numel()} are wrong), and scales are never negative, "
+            "infinite or NaN"
         )
 
     def _check_values(self, payload: torch.Tensor, num_elements: int) -> None:
