@@ -23,12 +23,12 @@ REACH_S = 5.0
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the address and the options that every connection needs."""
-    token_help = "The run's token. Others on this machine can see flags, but not variables."
+    advice = "The run's token. Others on this machine can see flags, but not variables."
     ca = click.Path(exists=True, dir_okay=False)
     for option in (
         click.option("--tls-ca", type=ca, help="CA file to verify the server with."),
         click.option("--tls", is_flag=True, help="Use TLS and verify with the system's authorities."),
-        click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help=token_help),
+        click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help=advice),
         click.argument("address"),
     ):
         command = option(command)

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import paceline
+import paceline_server
 from integration.patience import PATIENCE_S, wait_until_async
 from integration.raw import RawWorker
+from paceline_wire.errors import ConfigurationError
 
 TOKEN = "correct-horse"
 START = {
@@ -34,11 +38,16 @@ START = {
 }
 
 
-def paceline_command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
-    command = [sys.executable, "-m", "paceline", *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S, env=env)
+def processes(*commands: Sequence[str]) -> "list[subprocess.CompletedProcess[str]]":
+    """Run commands beside each other, each as a process of its own, to their ends."""
+
+    def run(arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "paceline", *arguments]
+        env = {**os.environ, "PACELINE_TOKEN": TOKEN}
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S, env=env)
+
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(run, commands))
 
 
 @dataclass(frozen=True)
@@ -111,22 +120,26 @@ def test_health_and_reflection(served: Served) -> None:
     }
 
 
-@pytest.mark.parametrize("shards", ["1", "2"])
-def test_a_second_server_on_the_port_fails_loudly(served: Served, shards: str) -> None:
-    """It does not share the port: exit code 2 and a sentence, whether it is one process or several."""
-    done = paceline_command("serve", "--listen", served.address, "--shards", shards)
+def test_a_second_server_on_the_port_fails_loudly(served: Served) -> None:
+    """It does not share the port: exit code 2 and a sentence; a process of several tells its starter the same."""
+    sentence = f"cannot listen on {served.address}: the port is taken"
+    (done,) = processes(["serve", "--listen", served.address])
     assert done.returncode == 2
-    assert f"cannot listen on {served.address}: the port is taken" in done.stderr
+    assert sentence in done.stderr
     assert done.stdout == ""
+    with (
+        pytest.raises(ConfigurationError, match=re.escape(sentence)),
+        paceline_server.local({"listen": served.address}),
+    ):
+        pass
 
 
 async def test_status_and_export(served: Served, tmp_path: Path) -> None:
     """Before the run begins both say so; then status shows it, and export writes every bit under the model's names."""
-    token, path = {"PACELINE_TOKEN": TOKEN}, tmp_path / "run.safetensors"
-    status = paceline_command("status", served.address, **token)
+    path = tmp_path / "run.safetensors"
+    status, export = processes(["status", served.address], ["export", served.address, str(path)])
     assert status.returncode == 0
     assert "not initialized" in status.stdout
-    export = paceline_command("export", served.address, str(path), **token)
     assert export.returncode == 4
     assert "no parameters yet" in export.stderr
     assert not path.exists()
@@ -134,17 +147,21 @@ async def test_status_and_export(served: Served, tmp_path: Path) -> None:
     async with paceline.connect(served.address, worker_id="9", token=TOKEN) as worker:
         await worker.initialize(START, averaged=["norm.running_mean"])
         await worker.exchange({name: torch.zeros_like(tensor) for name, tensor in START.items()}, await worker.fetch())
-        status = await asyncio.to_thread(paceline_command, "status", served.address, "--token", TOKEN)
-        as_json = await asyncio.to_thread(paceline_command, "status", served.address, "--json", **token)
+        status, as_json, export, refused = await asyncio.to_thread(
+            processes,
+            ["status", served.address],
+            ["status", served.address, "--json"],
+            ["export", served.address, str(path), "--json"],
+            ["status", served.address, "--token", "wrong"],
+        )
     assert "shard 0: 3 fragments, 613 elements" in status.stdout
     assert "worker 0 9: speed not known yet, 50 inner steps a round, 3 pushes" in status.stdout
     (shard,) = json.loads(as_json.stdout)["shards"]
-    assert shard["num_elements"] == 613
-    assert shard["pushes_applied"] == 3
+    assert (shard["num_elements"], shard["pushes_applied"]) == (613, 3)
     (member,) = shard["members"]
     assert (member["worker_id"], member["pushes_applied"]) == ("9", 3)
-
-    export = paceline_command("export", served.address, str(path), "--json", **token)
+    assert refused.returncode == 4
+    assert "the token is missing or wrong" in refused.stderr
     assert export.returncode == 0, export.stderr
     assert json.loads(export.stdout) == {"path": str(path), "tensors": 5, "elements": 613}
     exported = safetensors.torch.load_file(path)
@@ -154,16 +171,9 @@ async def test_status_and_export(served: Served, tmp_path: Path) -> None:
         assert torch.equal(exported[name], tensor)
 
 
-def test_a_wrong_token_is_refused(served: Served) -> None:
-    """The exit code for refusals, and the server's sentence."""
-    done = paceline_command("status", served.address, "--token", "wrong")
-    assert done.returncode == 4
-    assert "the token is missing or wrong" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("number", "shards", "whole_group"),
-    [(signal.SIGTERM, 1, False), (signal.SIGINT, 1, True), (signal.SIGTERM, 2, False), (signal.SIGINT, 2, True)],
+    [(signal.SIGTERM, 1, False), (signal.SIGTERM, 2, False), (signal.SIGINT, 2, True)],
 )
 async def test_a_signal_ends_the_server_with_0(number: signal.Signals, shards: int, whole_group: bool) -> None:
     """SIGTERM, and SIGINT as Ctrl-C sends it to the whole group, end all processes in order, with workers waiting."""

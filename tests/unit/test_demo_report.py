@@ -15,8 +15,9 @@ from paceline.demo.view import PlainLines
 @pytest.fixture
 def state() -> DemoState:
     """Two workers of a model with 1000 parameters, and a lone one that ended higher."""
-    fast = {"rounds": 30, "bytes_up": 15_000, "bytes_down": 60_000, "stalled_s": 0.5, "lateness": 0.5}
-    slow = {"rounds": 10, "bytes_up": 5_000, "bytes_down": 20_000, "stalled_s": 0.0, "lateness": 2.5}
+    trouble = {"reconnects": 1, "pushes_refused": 0}
+    fast = {"rounds": 30, "bytes_up": 15_000, "bytes_down": 60_000, "stalled_s": 0.5, "lateness": 0.5, **trouble}
+    slow = {"rounds": 10, "bytes_up": 5_000, "bytes_down": 20_000, "stalled_s": 0.0, "lateness": 2.5, **trouble}
     workers = [WorkerState(), WorkerState(slowness=4.0)]
     workers[0].update(
         {"event": "progress", "elapsed_s": 20.0, "steps": 600, "overruns": 8, "train_loss": 2.0, "stats": fast}
@@ -63,6 +64,8 @@ def test_figures_are_sums_and_means_over_workers(state: DemoState) -> None:
         "stalled_share": 0.01,
         "flush_seconds": 0.25,
         "lateness": 1.0,
+        "reconnects": 2,
+        "pushes_refused": 0,
         "pace_overrun_share": 0.01,
         "pace_overrun_share_single": 0.01,
         "seconds_to_single_loss": 20.0,
@@ -113,7 +116,17 @@ def test_the_table_shows_the_figures(state: DemoState) -> None:
     console = Console(width=100, record=True, quiet=False, file=None)
     with console.capture() as capture:
         console.print(report_table(summarize(state)))
-    for figure in ("5.500", "2.250", "2.750", "40", "0.50 up, 2.00 down", "0.50 s in all (1.0%", "1.00 bins", "1.0%"):
+    for figure in (
+        "5.500",
+        "2.250",
+        "2.750",
+        "40",
+        "0.50 up, 2.00 down",
+        "0.50 s in all (1.0%",
+        "1.00 bins",
+        "2, 0",
+        "1.0%",
+    ):
         assert figure in capture.get()
 
 

@@ -335,7 +335,7 @@ def test_no_estimate_goes_on_from_the_base() -> None:
     """Blocking and delayed workers see their own push when its answer comes."""
     worker = fragment(estimate=NoEstimate())
     push = worker.push(normal(SIZE, 1), 4)
-    assert torch.equal(worker.base, worker.new_start())
+    assert torch.equal(torch.zeros(SIZE), worker.new_start())
     worker.receive(push.seq, normal(SIZE, 2), 3, applied=True)
     assert torch.equal(normal(SIZE, 2), worker.new_start())
 
@@ -357,14 +357,23 @@ def test_an_estimate_changes_neither_gradient_nor_earlier_steps(momentum: float)
 
 def test_a_start_does_not_change_when_later_pushes_come() -> None:
     """Starts that were handed out stay as they were, and so does the base."""
-    worker = fragment(estimate=OwnOuterStep(lr=0.7, momentum=0.5, look_ahead=True, whole=True))
-    base = worker.base.clone()
-    starts = []
+    base, starts = torch.zeros(SIZE), []
+    estimate = OwnOuterStep(lr=0.7, momentum=0.5, look_ahead=True, whole=True)
+    worker = WorkerFragment(base=base, bin=0, codec=EXACT, estimate=estimate)
     for seed in range(3):
         worker.push(normal(SIZE, seed), 1)
         starts.append((worker.new_start(), worker.new_start().clone()))
     assert all(torch.equal(start, copy) for start, copy in starts)
-    assert torch.equal(base, worker.base)
+    assert torch.equal(torch.zeros(SIZE), base)
+
+
+def test_newer_values_change_the_base_and_nothing_else() -> None:
+    """Values that were fetched take the base's place, bin and all; what is in flight is still added."""
+    worker, gradient = fragment(), normal(SIZE, 1)
+    worker.push(gradient, 1)
+    worker.rebase(normal(SIZE, 2), 7)
+    assert torch.equal(normal(SIZE, 2) - gradient, worker.new_start())
+    assert worker.push(normal(SIZE, 3), 1).base_bin == 7
 
 
 def test_pushes_are_numbered_and_name_the_newest_bin() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from paceline_server import fragment as fragment_module
@@ -49,6 +49,7 @@ def follow(values: FragmentValues, decision: Decision, codec: codecs.Codec, seed
 
 @each_codec
 @prop
+@example(history=[(applied(1, 1, 1), 5)], num_elements=257)
 @given(history=decisions, num_elements=st.integers(1, 2000))
 def test_pieces_give_the_same_bits_as_the_whole(
     name: str, history: list[tuple[Decision, int]], num_elements: int

@@ -65,8 +65,10 @@ def test_asynchronous_pushes_are_answered_at_once(look_ahead: bool) -> None:
     """Each answer comes with its push, and `quota` answers name each bin from the second on."""
     fragment, base_bin, named = played(ASYNC, 2, quota=3, look_ahead=look_ahead), 0, Counter[int]()
     for seq in range(1, 13):
-        answer = only_answer(fragment.push(A, seq, base_bin))
+        decision = fragment.push(A, seq, base_bin)
+        answer = only_answer(decision)
         assert (A, seq) == (answer.worker, answer.seq)
+        assert decision.bins_opened_after == int(look_ahead and answer.bin > base_bin)
         base_bin = answer.bin
         named[base_bin] += 1
     assert named == {1: 3, 2: 3, 3: 3, 4: 3}
@@ -95,15 +97,13 @@ def test_a_refused_asynchronous_push_takes_a_label_and_leaves_the_numbers() -> N
 
 
 @pytest.mark.parametrize("kind", [ASYNC, BARRIER, QUORUM])
-def test_a_base_bin_that_has_not_begun_is_refused(kind: ScheduleKind) -> None:
+@pytest.mark.parametrize("base_bin", [1, 7])
+def test_a_base_bin_that_has_not_begun_is_refused(kind: ScheduleKind, base_bin: int) -> None:
     """A push from a bin that no answer has named yet is refused with both bins in the sentence."""
     fragment = played(kind, 1, quorum=1 if kind is QUORUM else None)
-    decision = fragment.push(A, 1, 7)
+    decision = fragment.push(A, 1, base_bin)
     assert decision.outcome is Outcome.REFUSED
-    refusal = only_answer(decision).refusal
-    assert refusal is not None
-    assert "7" in refusal
-    assert "0" in refusal
+    assert only_answer(decision).refusal == f"its base bin {base_bin} has not begun; the newest is 0"
     assert torch.equal(fragment.initial, fragment.w)
 
 

@@ -90,9 +90,10 @@ def arrivals(num_workers: int, num_bins: int, order: Random) -> Iterator[tuple[i
         label_of[worker] = t + 1
 
 
-def asynchronous(num_workers: int, *, lr: float, momentum: float) -> PlayedFragment:
+def asynchronous(num_workers: int, *, lr: float, momentum: float, look_ahead: bool = False) -> PlayedFragment:
     """A fragment under the asynchronous schedule with quota K."""
-    return PlayedFragment(Schedule(kind=ASYNC, quota=num_workers), lr=lr, momentum=momentum, size=SIZE)
+    schedule = Schedule(kind=ASYNC, quota=num_workers, look_ahead=look_ahead)
+    return PlayedFragment(schedule, lr=lr, momentum=momentum, size=SIZE)
 
 
 def play(
@@ -183,19 +184,21 @@ def test_every_bin_holds_exactly_quota_gradients(num_workers: int, num_bins: int
     assert dict.fromkeys(range(num_bins), num_workers) == Counter(entered.bin for entered in played.entered)
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @prop
 @given(lr=rates, beta=momenta, num_steps=st.integers(1, 12), order=orders)
-def test_one_worker_makes_ordinary_momentum_sgd(lr: float, beta: float, num_steps: int, order: Random) -> None:
-    """K = 1 is momentum SGD, step by step, as torch.optim.SGD does it."""
-    played = asynchronous(1, lr=lr, momentum=beta)
-    gradients = LabelledGradients(1, 0)
+def test_one_worker_makes_ordinary_momentum_sgd(
+    look_ahead: bool, lr: float, beta: float, num_steps: int, order: Random
+) -> None:
+    """K = 1 is momentum SGD, answer by answer, as torch.optim.SGD does it; Nesterov's where answers look ahead."""
+    played = asynchronous(1, lr=lr, momentum=beta, look_ahead=look_ahead)
     theta = torch.nn.Parameter(played.initial.double())
     # torch keeps the rate outside of its momentum; with a constant rate that is the same.
-    optimizer = torch.optim.SGD([theta], lr=lr, momentum=beta)
-    for label, g in play(played, 1, gradients, num_steps, order):
+    optimizer = torch.optim.SGD([theta], lr=lr, momentum=beta, nesterov=look_ahead and beta > 0)
+    for label, g in play(played, 1, LabelledGradients(1, 0), num_steps, order):
         theta.grad = g.double()
         optimizer.step()
-        assert label == played.open_bin
+        assert label + look_ahead == played.open_bin
         assert_near(theta.detach(), played.w)
 
 

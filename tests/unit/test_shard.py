@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from paceline_server.journal import Decided
 from paceline_server.ledger import Decision, Ledger, Outcome, PushRequest, Schedule
 from paceline_server.membership import Membership
 from paceline_server.outer import OrderedMomentum
@@ -10,7 +11,7 @@ from paceline_server.shard import Shard
 from paceline_wire import codecs
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError, NotInitializedError
 from paceline_wire.manifest import Manifest, TensorSpec
-from support_core import ASYNC, BARRIER, EXACT, QUORUM
+from support_core import ASYNC, BARRIER, EXACT, QUORUM, normal
 
 
 def manifest(num_elements: int = 700, role: str = "parameter") -> Manifest:
@@ -126,6 +127,35 @@ def test_averaged_buffers_have_a_rule_of_their_own() -> None:
 
 
 # --- Decisions.
+
+
+@pytest.mark.parametrize("schedule", [Schedule(kind=ASYNC, quota=2), Schedule(kind=BARRIER, look_ahead=True)])
+def test_replaying_what_was_decided_gives_the_same_state(schedule: Schedule) -> None:
+    """The records of a history, followed by a shard without clock and members, end in equal ledgers and bits."""
+    shard, codec, records = initialized(schedule), codecs.codec("int4"), []
+    for worker in ("a", "b"):
+        shard.membership.join(0.0, worker, 1)
+    for number in range(40):
+        index, worker, seq = number % 3, "ab"[number // 3 % 2], number // 6 + 1
+        ledger = shard.fragments[index].ledger
+        request = PushRequest(worker=worker, incarnation=1, seq=seq, base_bin=max(0, ledger.issuing_bin - number % 4))
+        decision, ledger = shard.decide_push(float(number), index, request)
+        values = shard.hosted(index)[1]
+        payload = codecs.encode(codec, normal(values.num_elements, number))
+        records.append(Decided(fragment=index, decision=decision, ledger=ledger, codec=codec.name, payload=payload))
+        values.follow(decision, codec, payload)
+        shard.keep(index, decision, ledger, worker)
+    replayed = initialized(schedule)
+    for record in records:
+        assert record.codec is not None
+        replayed.hosted(record.fragment)[1].follow(record.decision, codecs.codec(record.codec), record.payload)
+        replayed.keep(record.fragment, record.decision, record.ledger, None)
+    for index, fragment in shard.fragments.items():
+        assert fragment.ledger == replayed.fragments[index].ledger
+        (_, values), (_, again) = shard.hosted(index), replayed.hosted(index)
+        assert torch.equal(values.w, again.w)
+        assert torch.equal(values.u, again.u)
+        assert float(values.u.abs().max()) > 0
 
 
 def test_deciding_changes_nothing_until_it_is_kept() -> None:

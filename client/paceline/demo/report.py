@@ -58,6 +58,10 @@ class Report:
     """Time that workers waited at the end for their last pushes to be answered, summed."""
     lateness: float
     """Mean number of bins a push was late."""
+    reconnects: int
+    """Connections lost and resumed, all workers."""
+    pushes_refused: int
+    """Pushes that the server refused, all workers."""
     pace_overrun_share: float
     """Share of the workers' steps that took longer than their pace."""
     pace_overrun_share_single: float | None
@@ -109,6 +113,8 @@ def summarize(state: DemoState) -> Report:
         stalled_share=stalled_s / max(1e-9, len(workers) * state.training_s),
         flush_seconds=sum(worker.flush_s for worker in workers),
         lateness=sum(worker.lateness * worker.rounds for worker in workers) / max(1, rounds),
+        reconnects=sum(worker.reconnects for worker in workers),
+        pushes_refused=sum(worker.pushes_refused for worker in workers),
         pace_overrun_share=_overrun_share(workers),
         pace_overrun_share_single=_overrun_share([single]) if single else None,
         seconds_to_single_loss=None if loss_single is None else _first_at_most(state.curve, loss_single),
@@ -135,6 +141,8 @@ def report_table(report: Report) -> Table:
         "waited for the network", f"{report.stalled_seconds:.2f} s in all ({report.stalled_share:.1%} of the time)"
     )
     table.add_row("lateness", f"{report.lateness:.2f} bins on average")
+    if report.reconnects or report.pushes_refused:
+        table.add_row("lost connections, refused pushes", f"{report.reconnects}, {report.pushes_refused}")
     alone = report.pace_overrun_share_single
     overran = f"{report.pace_overrun_share:.1%}" + (f" (alone {alone:.1%})" if alone is not None else "")
     table.add_row("steps that overran their pace", overran)

@@ -41,6 +41,10 @@ class WorkerState:
     """Seconds it waited at the end for its last pushes to be answered."""
     lateness: float = 0.0
     """Mean number of bins its pushes were late."""
+    reconnects: int = 0
+    """Times its connection was lost and resumed."""
+    pushes_refused: int = 0
+    """Pushes that the server refused."""
 
     def update(self, event: dict[str, Any]) -> None:
         """Take over what a line of the worker says."""
@@ -50,6 +54,7 @@ class WorkerState:
             self.rounds = stats["rounds"]
             self.bytes_up, self.bytes_down = stats["bytes_up"], stats["bytes_down"]
             self.lateness = stats["lateness"]
+            self.reconnects, self.pushes_refused = stats["reconnects"], stats["pushes_refused"]
             if event["event"] != "done":  # the last statistics count the flush as a wait, too
                 self.stalled_s = stats["stalled_s"]
         self.flush_s = event.get("flush_s", self.flush_s)
