@@ -29,6 +29,8 @@ from paceline_wire.transfer import MAX_MESSAGE_BYTES, MESSAGE_BYTES
 
 BARE_METHOD = "/bare/Stream"
 TENSOR_ELEMENTS = 4 * 1024 * 1024
+WARM_UP_ROUNDS = 3
+"""Rounds of each that do not count: they pay for fresh memory and a cold connection."""
 
 
 async def serve_bare() -> None:
@@ -99,12 +101,12 @@ async def measure(
         await client.initialize(tensors)
         base = await client.fetch()
         call: Any = channel.stream_stream(BARE_METHOD)(metadata=(("up", str(up)), ("down", str(down))))
-        for number in range(rounds + 1):
+        for number in range(WARM_UP_ROUNDS + rounds):
             began_s = time.perf_counter()
             base = await client.exchange(outer_gradient, base)
             took_s = time.perf_counter() - began_s
             bare_took_s = await bare_round(call, up, down)
-            if number:  # the first round of each pays for fresh memory and a cold connection
+            if number >= WARM_UP_ROUNDS:
                 exchange_s.append(took_s)
                 bare_s.append(bare_took_s)
         call.cancel()

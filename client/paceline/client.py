@@ -58,6 +58,7 @@ class Client:
         # Exchanges may overlap; each fragment's pushes must be encoded and sent in one order.
         self._orders: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
+        self._exchanges: set[asyncio.Task[Base]] = set()
 
     @property
     def manifest(self) -> Manifest | None:
@@ -105,7 +106,8 @@ class Client:
     async def exchange(self, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
         """Push an outer gradient and return the state that answers it, once every fragment is acknowledged.
 
-        What the uplink's codec loses is added to this client's next push.
+        What the uplink's codec loses is added to this client's next push. Cancelled, it goes on without its caller:
+        what was handed over counts, and the next exchange follows it.
 
         Args:
             outer_gradient: Start minus end of the round, by name: the manifest's names and shapes.
@@ -123,6 +125,20 @@ class Client:
         for connection in self._session.connections:
             if not connection.exchanging:
                 connection.begin_exchange(manifest, self._downlink)
+        exchange = asyncio.create_task(self._exchange(manifest, outer_gradient, base))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._exchanged)
+        return await asyncio.shield(exchange)
+
+    async def statuses(self) -> list[admin_pb2.StatusResponse]:
+        """Every shard's status, see admin.proto.
+
+        Raises:
+            UnavailableError: A shard cannot be reached.
+        """
+        return await self._session.statuses()
+
+    async def _exchange(self, manifest: Manifest, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
         newest = _empty_base(manifest)
 
         async def exchange(fragment: Fragment) -> str | None:
@@ -137,13 +153,10 @@ class Client:
             raise PushRefusedError(reasons[0] if len(reasons) == 1 else f"{reasons[0]} (and {len(reasons) - 1} more)")
         return newest
 
-    async def statuses(self) -> list[admin_pb2.StatusResponse]:
-        """Every shard's status, see admin.proto.
-
-        Raises:
-            UnavailableError: A shard cannot be reached.
-        """
-        return await self._session.statuses()
+    def _exchanged(self, exchange: "asyncio.Task[Base]") -> None:
+        self._exchanges.discard(exchange)
+        if not exchange.cancelled():
+            exchange.exception()  # seen, should the caller be gone
 
     async def _push(
         self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], base_bin: int

@@ -161,6 +161,8 @@ class ShardConnection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._failure is None:
+            self._fail(UnavailableError(f"the connection to {self.target} was closed before the answer came"))
         with suppress(PacelineError):
             await self._call(
                 self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata)

@@ -90,7 +90,8 @@ class ScheduleConfig(Section):
         default=None,
         ge=1,
         le=MAX_COUNT,
-        description="Pushes in a bin. Left out: as many as there are active workers when the bin begins.",
+        description="Pushes in a bin. Left out: as many as there are active workers when the bin begins, or more if "
+        "others join during it.",
     )
     quorum: int | None = Field(
         default=None,
@@ -150,7 +151,13 @@ class ExchangeConfig(Section):
         description="How a worker estimates what its pushes in flight will do: with their share among M workers (1/M), "
         "as if they stood for everybody's (1), or by going on from where it is (local).",
     )
-    window: int = Field(default=1, ge=1, le=8, description="Rounds that a worker may have in flight before it waits.")
+    window: int = Field(
+        default=1,
+        ge=1,
+        le=8,
+        description="Rounds that a worker may have in flight before it waits. More than one needs the async schedule: "
+        "elsewhere every other push would be late.",
+    )
 
     @field_validator("downlink", mode="before")
     @classmethod
@@ -229,6 +236,17 @@ class ServerConfig(Section):
         if host:
             check_host(host)
         return host
+
+    @field_validator("exchange")
+    @classmethod
+    def _window_fits_the_schedule(cls, exchange: ExchangeConfig, info: ValidationInfo) -> ExchangeConfig:
+        schedule = info.data.get("schedule")
+        if exchange.window > 1 and schedule is not None and schedule.kind != "async":
+            raise ValueError(
+                f"exchange.window = {exchange.window} needs schedule.kind = 'async', which is '{schedule.kind}': "
+                "elsewhere every other push would be late"
+            )
+        return exchange
 
     @property
     def host(self) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from paceline_server.fragment import FragmentValues
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
-from paceline_server.ledger import Answer, Decision, Ledger, PushRequest
+from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.shard import Shard
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
@@ -232,7 +232,8 @@ class Engine:
             codec=contributing.codec.name if contributing is not None else None,
             payload=contributing.payload if contributing is not None else None,
         )
-        await self._journal.append(record)
+        if decision.outcome is not Outcome.DUPLICATE:
+            await self._journal.append(record)
         encoded = await self._in_thread(lambda: _follow_and_encode(values, decision, contributing, downlinks))
         self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
         for answer, recipient in recipients:

@@ -47,7 +47,9 @@ class FragmentValues:
             w, u = self.w[start : start + PIECE_ELEMENTS], self.u[start : start + PIECE_ELEMENTS]
             for _ in range(decision.bins_opened_before):
                 self._rule.open_bin(w, u)
-            if decision.contribution is not None and codec is not None and payload is not None:
+            if decision.contribution is not None:
+                if codec is None or payload is None:
+                    raise ValueError("a decision with a contribution needs the push that contributes")
                 g = scratch[: w.numel()]
                 codec.decode_range(payload, num_elements, start, g)
                 self._rule.apply(w, u, g, decision.contribution)

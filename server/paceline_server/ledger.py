@@ -52,7 +52,7 @@ class Schedule:
 
     Attributes:
         kind: Which schedule.
-        quota: Pushes in a bin; None: the workers active when the bin begins.
+        quota: Pushes in a bin; None: the workers active when the bin begins, or more if others join during it.
         quorum: Contributions that let a bin close under ScheduleKind.QUORUM.
         look_ahead: Whether the next bin opens before the answers that first name it (Nesterov) or after (Polyak).
     """

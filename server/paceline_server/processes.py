@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from paceline_server.config import ServerConfig
-from paceline_server.settings import config_from_mapping
+from paceline_server.settings import config_from_mapping, config_to_mapping
 from paceline_wire.errors import ConfigurationError, UnavailableError
 
 STOP_S = 15.0
@@ -36,7 +36,7 @@ class ShardProcesses:
             UnavailableError: A shard ended before it served.
         """
         try:
-            mapping = _with_secrets(self._config)
+            mapping = config_to_mapping(self._config)
             for index in range(self._config.shards):
                 self.processes.append(_started())
                 level = logging.getLogger("paceline_server").getEffectiveLevel()
@@ -84,13 +84,6 @@ def local(config: Mapping[str, Any] | None = None) -> Iterator[str]:
         yield f"127.0.0.1:{shards.ports[0]}"
     finally:
         shards.stop()
-
-
-def _with_secrets(config: ServerConfig) -> dict[str, Any]:
-    """The configuration as config_from_mapping takes it; a plain dump would mask the tokens."""
-    mapping = config.model_dump(mode="json", exclude_none=True)
-    mapping["security"]["tokens"] = [token.get_secret_value() for token in config.security.tokens]
-    return mapping
 
 
 def _started() -> "subprocess.Popen[str]":

@@ -91,14 +91,13 @@ class Shard:
     def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
         """Take the manifest of a first upload; False if this shard has its parameters already.
 
-        An upload that broke off may be begun again, by anybody, until the last fragment has come.
+        An upload that broke off may be begun again, by anybody and with any manifest, until the last fragment has come.
 
         Raises:
             ManifestMismatchError: The run has another manifest; the text names the first difference.
         """
-        if self.manifest is not None:
-            self.refuse_other_manifest(manifest)
         if self.initialized:
+            self.refuse_other_manifest(manifest)
             return False
         self.manifest = manifest
         self.initialization_id = initialization_id

@@ -439,3 +439,11 @@ class TestReference:
         lines = [line.strip() for line in configuration_reference().splitlines() if line.startswith("    ")]
         example: dict[str, Any] = tomllib.loads("\n".join(lines))
         assert config_from_mapping(example).schedule.quorum == 3
+
+
+@pytest.mark.parametrize("schedule", [{"kind": "barrier"}, {"kind": "quorum", "quorum": 2}])
+def test_a_window_of_several_rounds_needs_the_async_schedule(schedule: dict[str, object]) -> None:
+    """Under a barrier or a quorum every other push of a wider window would be late, so it is refused at start."""
+    with pytest.raises(ConfigurationError, match=r"exchange\.window = 2 needs schedule\.kind = 'async'"):
+        config_from_mapping({"schedule": schedule, "exchange": {"window": 2}})
+    assert config_from_mapping({"exchange": {"window": 2}}).exchange.window == 2

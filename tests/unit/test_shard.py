@@ -89,14 +89,20 @@ def test_an_upload_that_broke_off_is_begun_again_from_nothing() -> None:
     assert not shard.initialized
 
 
-@pytest.mark.parametrize("complete", [False, True])
-def test_another_model_is_refused_with_the_difference(complete: bool) -> None:
-    """An upload of another manifest is refused by the name of the tensor, finished or not."""
-    shard = initialized() if complete else empty_shard()
-    shard.begin_initialization(manifest(), 5)
+def test_another_model_is_refused_with_the_difference() -> None:
+    """Once the run has its parameters, an upload of another manifest is refused by the name of the tensor."""
+    shard = initialized()
     with pytest.raises(ManifestMismatchError, match=r"a float32\[700\] \(parameter\) here .* \[?.*701"):
         shard.begin_initialization(manifest(701), 6)
     shard.refuse_other_manifest(manifest())
+
+
+def test_an_unfinished_upload_does_not_decide_the_model() -> None:
+    """A wrong model whose upload broke off does not keep the right one out."""
+    shard = empty_shard()
+    shard.begin_initialization(manifest(701), 5)
+    assert shard.begin_initialization(manifest(), 6)
+    assert shard.manifest == manifest()
 
 
 def test_a_shard_without_fragments_needs_no_parameters() -> None:

@@ -255,7 +255,7 @@ class ScheduleConfiguration(_message.Message):
     kind: Global___ScheduleKind.ValueType
     """Which schedule."""
     quota: _builtins.int
-    """Pushes in a bin. Absent: as many as there are active workers when the bin begins."""
+    """Pushes in a bin. Absent: as many as there are active workers when the bin begins, or more if others join during it."""
     quorum: _builtins.int
     """Contributions that let a bin close under SCHEDULE_KIND_QUORUM. Absent under the other schedules."""
     def __init__(
