@@ -182,7 +182,7 @@ def mutual_server(certificates: Certificates) -> Iterator[str]:
 
 async def comes_in(address: str, **arguments: Any) -> bool:
     """Whether a client gets to use the run."""
-    async with paceline.connect(address, worker_id="a", reach_s=0.5, **arguments) as client:
+    async with paceline.connect(address, worker_id="a", **arguments) as client:
         await client.initialize({"x": torch.ones(3)})
         return bool((await client.fetch()).bins)
 
@@ -200,9 +200,9 @@ async def test_tls_refuses_a_server_it_cannot_verify(tls_server: str, certificat
     """Another authority, the system's, another name, or no TLS at all: the client does not come in, and says why."""
     for tls in (certificates.other_ca, True, TLS(ca=certificates.ca, server_name="elsewhere.example.org")):
         with pytest.raises(UnavailableError, match=r"(?i)certificate|hostname"):
-            await comes_in(tls_server, tls=tls, token=TOKEN)
+            await comes_in(tls_server, tls=tls, token=TOKEN, reach_s=1)
     with pytest.raises(UnavailableError):
-        await comes_in(tls_server, token=TOKEN)
+        await comes_in(tls_server, token=TOKEN, reach_s=1)
 
 
 async def test_the_servers_name_can_be_told(tls_server: str, certificates: Certificates) -> None:
@@ -217,7 +217,7 @@ async def test_mutual_tls_asks_for_a_certificate(mutual_server: str, certificate
     stranger_cert, stranger_key = certificates.stranger
     for tls in (TLS(ca=certificates.ca), TLS(ca=certificates.ca, cert=stranger_cert, key=stranger_key)):
         with pytest.raises(UnavailableError):
-            await comes_in(mutual_server, tls=tls)
+            await comes_in(mutual_server, tls=tls, reach_s=1)
 
 
 def test_a_training_loop_joins_over_mutual_tls(mutual_server: str, certificates: Certificates) -> None:

@@ -134,6 +134,33 @@ def test_joined_workers_are_the_papers() -> None:
         assert [run.round for run in runs] == [ROUNDS, ROUNDS]
 
 
+def test_without_delay_joined_workers_are_synchronous_diloco() -> None:
+    """When every answer is there before the next inner step, eager workers are blocking DiLoCo's, all alike."""
+    losses = [Quadratic(SIZE, seed) for seed in range(2)]
+    start = torch.linspace(-1, 1, SIZE)
+    outer = MomentumSGD(start, lr=LR, beta=BETA, nesterov=True)
+    models = [Model(start, loss) for loss in losses]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=INNER_LR) for model in models]
+    with ExitStack() as stack:
+        address = stack.enter_context(paceline_server.local(config(2)))
+        runs = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            runs.append(paceline.join(address, model, optimizer, inner_steps=1 + INNER_STEPS, overlap="eager"))
+            stack.callback(runs[-1].close)
+        for number in range(ROUNDS):
+            for run in runs:
+                wait_until(partial(has_exchanged, run, number))
+            for step in range(1 + INNER_STEPS):
+                for model, optimizer in zip(models, optimizers, strict=True):
+                    model.x.grad = None
+                    if step > 0:
+                        model.set_gradient()
+                    optimizer.step()
+                    if step == 0:
+                        torch.testing.assert_close(model.x.detach().double(), outer.w, rtol=1e-5, atol=1e-5)
+            outer.step(torch.stack([outer_gradient(loss, outer.w) for loss in losses]).mean(0))
+
+
 async def test_worker_fragments_are_the_papers_workers() -> None:
     """Three workers that exchange over the client, each round's answer taken in at the end of the next."""
     losses = [Quadratic(SIZE, seed) for seed in range(3)]

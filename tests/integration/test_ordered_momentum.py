@@ -144,7 +144,7 @@ def test_any_order_is_momentum_sgd_over_bins(
     loop = OrderedMomentumLoop(torch.ones(FRAGMENT), num_workers=3, lr=LR, beta=0.8)
     sums = torch.zeros(4, FRAGMENT, dtype=torch.float64)
     outstanding = {index: (0, firsts[index]) for index in range(3)}
-    seqs = [0, 0, 0]
+    seqs, members = [0, 0, 0], [0, 0, 0, 0]
     with ExitStack() as stack:
         streams = [stack.enter_context(worker.exchange()) for worker in workers]
         for choice in choices:
@@ -158,9 +158,11 @@ def test_any_order_is_momentum_sgd_over_bins(
             label = loop.arrive(gradient.double(), label)
             torch.testing.assert_close(values.double(), loop.w, rtol=1e-5, atol=1e-5)
             assert (update.seq, update.bin) == (seqs[arriving], math.ceil(label / 3))
+            members[base_bin] += 1
             if label <= last_label:
                 outstanding[arriving] = (label, gradients[label])
     assert not outstanding
+    assert members == [3, 3, 3, 3], "every bin holds exactly K gradients"
     reference = MomentumSGD(torch.ones(FRAGMENT), lr=LR / 3, beta=0.8, nesterov=False)
     for total in sums:
         reference.step(total)

@@ -117,10 +117,10 @@ def serving(describe: Describe | None) -> Iterator[str]:
         server.stop(None).wait()
 
 
-async def error_at(address: str) -> PacelineError:
-    """What `connect` raises there; `join` raises the same."""
+async def error_at(address: str, reach_s: float = PATIENCE_S / 2) -> PacelineError:
+    """What `connect` raises there."""
     try:
-        async with asyncio.timeout(PATIENCE_S), paceline.connect(address, worker_id="a", reach_s=0.3):
+        async with asyncio.timeout(PATIENCE_S), paceline.connect(address, worker_id="a", reach_s=reach_s):
             raise AssertionError("connected")
     except PacelineError as error:
         return error
@@ -182,7 +182,7 @@ async def test_whoever_speaks_no_grpc_is_unavailable(handler: type[socketserver.
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
         try:
-            error = await error_at(f"127.0.0.1:{server.server_address[1]}")
+            error = await error_at(f"127.0.0.1:{server.server_address[1]}", reach_s=0.5)
         finally:
             Silent.test_is_over.set()
             server.shutdown()
@@ -196,7 +196,7 @@ async def test_nobody_there_is_unavailable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     for address in (f"127.0.0.1:{port}", "host.invalid:7070"):
-        error = await error_at(address)
+        error = await error_at(address, reach_s=0.5)
         assert isinstance(error, UnavailableError)
         assert address in str(error)
 
