@@ -84,7 +84,7 @@ def serve(*arguments: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    """A server of one shard that asks for a token, and whose updates lose precision."""
+    """A server of one shard that asks for a token, and whose updates lose precision; one test begins its run."""
     with serve("--security.tokens", TOKEN, "--exchange.uplink", "fp32", "--exchange.downlink", "bf16") as found:
         yield found
 

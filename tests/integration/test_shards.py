@@ -35,7 +35,7 @@ def config(shards: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_shards() -> Iterator[str]:
-    """A server of two shards."""
+    """A server of two shards; the first test begins its run."""
     with paceline_server.local(config(2)) as address:
         yield address
 
