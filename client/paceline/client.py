@@ -209,8 +209,8 @@ async def connect(
         The client.
 
     Raises:
-        UnavailableError: The server could not be reached.
-        UnauthenticatedError: The token or certificate is missing or wrong.
+        UnavailableError: The server could not be reached, or one of the certificates does not verify.
+        UnauthenticatedError: The token is missing or wrong.
         ProtocolVersionError: The server speaks another version.
 
     Example:

@@ -186,18 +186,23 @@ class ShardConnection:
     async def _heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / HEARTBEATS_PER_LEASE)
-            request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
             try:
-                answer = await self._call(self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata))
-                self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
-            except NotAMemberError:
-                with suppress(UnavailableError):
-                    await self._join()
+                await self._heartbeat()
             except PacelineError as error:
                 if not error.retryable:
                     self._fail(error)
                     return
                 _log.debug("a heartbeat was lost: %s", error)
+
+    async def _heartbeat(self) -> None:
+        """Renew the lease, or join again if it ran out."""
+        request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
+        try:
+            answer = await self._call(self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata))
+        except NotAMemberError:
+            await self._join()
+            return
+        self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
 
     async def _exchange(self) -> None:
         """Keep exchanging; whatever ends that for good reaches everybody who waits."""

@@ -242,8 +242,8 @@ def join(
     Raises:
         InvalidInputError: An argument or a tensor is not as said.
         ManifestMismatchError: The run trains another model; the text names the first tensor that differs.
-        UnavailableError: The server cannot be reached.
-        UnauthenticatedError: The token or certificate is missing or wrong.
+        UnavailableError: The server cannot be reached, or one of the certificates does not verify.
+        UnauthenticatedError: The token is missing or wrong.
 
     Example:
         with paceline.join("ps.example.org:7070", model, optimizer) as run:

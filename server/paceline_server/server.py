@@ -36,6 +36,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A second server on the port must fail loudly, not share it.
     ("grpc.so_reuseport", 0),
+    # A worker whose host died says nothing more; pings find that out in under a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # Workers ping to keep their connection through NATs and load balancers; by default a server takes that as abuse.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -123,6 +123,7 @@ class ParameterServerServiceServicer(object):
         """Takes pushes and answers each with one update. The caller MUST send `open` first. A push is answered when its
         schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
         broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
+        A caller that closes its side ends the stream at once, answers or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,6 +57,7 @@ class ParameterServerServiceStub:
     """Takes pushes and answers each with one update. The caller MUST send `open` first. A push is answered when its
     schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
     broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
+    A caller that closes its side ends the stream at once, answers or not.
     """
 
 @_typing.type_check_only
@@ -82,6 +83,7 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
     """Takes pushes and answers each with one update. The caller MUST send `open` first. A push is answered when its
     schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
     broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
+    A caller that closes its side ends the stream at once, answers or not.
     """
 
 class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -146,6 +148,7 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes pushes and answers each with one update. The caller MUST send `open` first. A push is answered when its
         schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
         broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
+        A caller that closes its side ends the stream at once, answers or not.
         """
 
 def add_ParameterServerServiceServicer_to_server(servicer: ParameterServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
