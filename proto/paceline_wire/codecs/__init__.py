@@ -1,14 +1,16 @@
-"""How numbers become bytes: fp32, bf16, int8, int4 and fp4 (E3M0), and error feedback for what they lose.
+"""How numbers become bytes: fp32, bf16, int8, int4, fp4 (E3M0) and sparse topk, and error feedback for what they lose.
 
-`base` has the interface, `floats` and `blockwise` the formats, `registry` their names, `whole` the calls for a whole
-fragment, `feedback` what carries a codec's loss over to the next message.
+`base` has the interface, `floats`, `blockwise` and `topk` the formats, `registry` their names, `whole` the calls for a
+whole fragment, `feedback` what carries a codec's loss over to the next message, `delta` values sent as differences.
 """
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
 from paceline_wire.codecs.blockwise import Fp4Codec, Int4Codec, Int8Codec
+from paceline_wire.codecs.delta import Reference
 from paceline_wire.codecs.feedback import Encoded, compensate
 from paceline_wire.codecs.floats import Bf16Codec, Fp32Codec
 from paceline_wire.codecs.registry import CODEC_NAMES, codec, codec_of_wire, wire_value
+from paceline_wire.codecs.topk import TopkCodec
 from paceline_wire.codecs.whole import decode, encode, payload_tensor
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Fp32Codec",
     "Int4Codec",
     "Int8Codec",
+    "Reference",
+    "TopkCodec",
     "codec",
     "codec_of_wire",
     "compensate",

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 
 BLOCK_ELEMENTS = 256
-"""Elements that share a scale in the blockwise codecs; ranges given to `decode_range` start at multiples of it."""
+"""Elements that share a scale in the blockwise codecs. In all codecs, ranges given to `decode_range` start at multiples
+of it."""
 
 
 class Codec(Protocol):
@@ -25,6 +26,18 @@ class Codec(Protocol):
     @property
     def lossless(self) -> bool:
         """Whether decoding gives back every finite float32 bit for bit (then error feedback has nothing to carry)."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether all but a few elements decode to 0.
+
+        Such a codec is for what another message makes up for: pushes with error feedback, and differences between
+        values (`delta`). Parameters themselves MUST NOT be written in it.
+        """
+
+    @property
+    def residual_decay(self) -> float:
+        """The part, above 0 and up to 1, of what a push lost that error feedback adds to the next one."""
 
     def encoded_bytes(self, num_elements: int) -> int:
         """Size in bytes of the encoding of that many elements."""

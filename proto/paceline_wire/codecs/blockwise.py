@@ -71,6 +71,8 @@ class BlockwiseCodec(ABC):
 
     name: str
     lossless = False
+    sparse = False
+    residual_decay = 1.0
     _code_bits: int
     _largest_integer: int
     """The largest magnitude of an integer v that any code stands for."""

@@ -24,6 +24,8 @@ class Fp32Codec:
 
     name = "fp32"
     lossless = True
+    sparse = False
+    residual_decay = 1.0
 
     def encoded_bytes(self, num_elements: int) -> int:
         """Size in bytes of the encoding of that many elements."""
@@ -67,6 +69,8 @@ class Bf16Codec:
 
     name = "bf16"
     lossless = False
+    sparse = False
+    residual_decay = 1.0
 
     def encoded_bytes(self, num_elements: int) -> int:
         """Size in bytes of the encoding of that many elements."""
