@@ -11,10 +11,11 @@ import torch
 
 from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
-from paceline.connection import OutgoingPush, ReceivedUpdate
+from paceline.connection import OutgoingPush
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
 from paceline.session import REACH_S, Session, new_worker, open_session
 from paceline.uplink import Uplink
+from paceline.worker import ReceivedUpdate
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PushRefusedError
@@ -103,7 +104,14 @@ class Client:
             await in_codec_thread(scatter, fragment, values, base.tensors)
         return base
 
-    async def exchange(self, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
+    async def exchange(
+        self,
+        outer_gradient: Mapping[str, torch.Tensor],
+        base: Base,
+        *,
+        local_momentum: Mapping[str, torch.Tensor] | None = None,
+        tokens: int | None = None,
+    ) -> Base:
         """Push an outer gradient and return the state that answers it, once every fragment is acknowledged.
 
         What the uplink's codec loses is added to this client's next push. Cancelled, it goes on without its caller:
@@ -112,20 +120,24 @@ class Client:
         Args:
             outer_gradient: Start minus end of the round, by name: the manifest's names and shapes.
             base: The state from which it was computed.
+            local_momentum: The momentum of the inner steps, with their learning rate inside, by the names of the
+                trained parameters; given exactly if the run orders it (`configuration.outer.local_momentum`).
+            tokens: Tokens or samples that the outer gradient stands for; None: not counted.
 
         Raises:
             PushRefusedError: The server refused a fragment for what it contains (others were applied).
             ManifestMismatchError: The names or shapes are not the run's.
-            InvalidInputError: This client is an observer.
+            InvalidInputError: This client is an observer, or local_momentum is missing or superfluous.
         """
         if not self._is_worker:
             raise InvalidInputError("this client only observes: give connect a worker_id to push")
         manifest = await self._known_manifest()
         require_values(manifest, outer_gradient)
-        for connection in self._session.connections:
-            if not connection.exchanging:
-                connection.begin_exchange(manifest, self._downlink)
-        exchange = asyncio.create_task(self._exchange(manifest, outer_gradient, base))
+        self._require_momentum(manifest, local_momentum)
+        self._session.begin_exchange(self._downlink)
+        exchange = asyncio.create_task(
+            self._exchange(manifest, _Contribution(outer_gradient, local_momentum, tokens), base)
+        )
         self._exchanges.add(exchange)
         exchange.add_done_callback(self._exchanged)
         return await asyncio.shield(exchange)
@@ -138,11 +150,20 @@ class Client:
         """
         return await self._session.statuses()
 
-    async def _exchange(self, manifest: Manifest, outer_gradient: Mapping[str, torch.Tensor], base: Base) -> Base:
+    def _require_momentum(self, manifest: Manifest, local_momentum: Mapping[str, torch.Tensor] | None) -> None:
+        wanted = self.configuration.outer.local_momentum
+        if wanted != (local_momentum is not None):
+            need = "orders the workers' momentum: give local_momentum" if wanted else "does not take local_momentum"
+            raise InvalidInputError(f"this run's outer rule {self.configuration.outer.rule!r} {need}")
+        if local_momentum is not None:
+            parameters = tuple(spec for spec in manifest.tensors if spec.role == "parameter")
+            require_values(Manifest(parameters, manifest.fragment_elements), local_momentum)
+
+    async def _exchange(self, manifest: Manifest, contribution: "_Contribution", base: Base) -> Base:
         newest = _empty_base(manifest)
 
         async def exchange(fragment: Fragment) -> str | None:
-            update = await self._push(fragment, outer_gradient, base.bins[fragment.index])
+            update = await self._push(fragment, contribution, base.bins[fragment.index])
             newest.bins[fragment.index] = update.bin
             await in_codec_thread(scatter, fragment, update.values, newest.tensors)
             return update.refusal
@@ -158,13 +179,13 @@ class Client:
         if not exchange.cancelled():
             exchange.exception()  # seen, should the caller be gone
 
-    async def _push(
-        self, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], base_bin: int
-    ) -> ReceivedUpdate:
+    async def _push(self, fragment: Fragment, contribution: "_Contribution", base_bin: int) -> ReceivedUpdate:
         uplink, order = self._uplinks[fragment.index], self._orders[fragment.index]
         async with order, self._encoding:
-            seq, ready = await in_codec_thread(_encode, uplink, fragment, outer_gradient, self._uplink_codec)
-        push = OutgoingPush(fragment=fragment.index, seq=seq, base_bin=base_bin, outer_gradient=ready)
+            seq, ready = await in_codec_thread(_encode, uplink, fragment, contribution, self._uplink_codec)
+        push = OutgoingPush(
+            fragment=fragment.index, seq=seq, base_bin=base_bin, outer_gradient=ready, tokens=contribution.tokens
+        )
         update = await self._session.connection_of(fragment.index).push(push)
         uplink.settle(seq, applied=update.refusal is None)
         return update
@@ -176,10 +197,20 @@ class Client:
         return self._session.require_manifest()
 
 
-def _encode(
-    uplink: Uplink, fragment: Fragment, outer_gradient: Mapping[str, torch.Tensor], codec: Codec
-) -> tuple[int, Outgoing]:
-    encoded = uplink.encode(gather(fragment, outer_gradient))
+@dataclass(frozen=True, eq=False)
+class _Contribution:
+    """What one exchange pushes, see `Client.exchange`."""
+
+    outer_gradient: Mapping[str, torch.Tensor]
+    local_momentum: Mapping[str, torch.Tensor] | None
+    tokens: int | None
+
+
+def _encode(uplink: Uplink, fragment: Fragment, contribution: _Contribution, codec: Codec) -> tuple[int, Outgoing]:
+    numbers = gather(fragment, contribution.outer_gradient)
+    if contribution.local_momentum is not None and fragment.role == "parameter":
+        numbers = torch.cat((numbers, gather(fragment, contribution.local_momentum)))
+    encoded = uplink.encode(numbers)
     return encoded.seq, outgoing(codec, encoded.payload)
 
 

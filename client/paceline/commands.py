@@ -46,6 +46,8 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
         return
     for shard in shards:
         click.echo(_shard_text(shard))
+        for warning in shard.warnings:
+            click.echo(f"  warning: {warning}")
     for member in shards[0].members:
         click.echo(_member_text(member))
 
@@ -100,7 +102,7 @@ def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return [{key: field if key == "worker_id" else _number(field) for key, field in item.items()} for item in value]
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
-import torch
 
 from paceline.channels import Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
+from paceline.worker import ReceivedUpdate
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import NotAMemberError, NotInitializedError, PacelineError, UnavailableError
@@ -46,35 +46,14 @@ class OutgoingPush:
         seq: Counts this incarnation's pushes to the fragment from 1.
         base_bin: The bin of the newest values that the worker held.
         outer_gradient: The encoding; its bytes MUST not change until the update comes.
+        tokens: Tokens or samples that it stands for; None if nobody counted them.
     """
 
     fragment: int
     seq: int
     base_bin: int
     outer_gradient: Outgoing
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReceivedUpdate:
-    """The shard's answer to a push.
-
-    Attributes:
-        values: The fragment's newest values, float32 [n].
-        bin: The bin that outer gradients computed from them belong to.
-        bins_late: How late the push was when it was applied.
-        refusal: Why it was not applied; None if it was.
-        inner_steps: Inner steps for the next round.
-        quota: Pushes that share the learning rate.
-        num_bytes: Size of the encoded values.
-    """
-
-    values: torch.Tensor
-    bin: int
-    bins_late: int
-    refusal: str | None
-    inner_steps: int
-    quota: int
-    num_bytes: int
+    tokens: int | None = None
 
 
 @dataclass(eq=False)
@@ -111,6 +90,7 @@ class ShardConnection:
         self._jitter = random.Random(f"{worker.worker_id}/{target}")  # noqa: S311  # not for secrets
         self._downlink: Codec | None = None
         self._manifest: Manifest | None = None
+        self._momentum_follows = False
         self._failure: PacelineError | None = None
         self._answered_on_stream = False
         self._lease_s = 30.0
@@ -125,9 +105,15 @@ class ShardConnection:
         await self._join()
         self._tasks.append(asyncio.create_task(self._heartbeats()))
 
-    def begin_exchange(self, manifest: Manifest, downlink: Codec) -> None:
-        """Open the exchange stream, and keep one open until `close`."""
-        self._manifest, self._downlink = manifest, downlink
+    def begin_exchange(self, manifest: Manifest, downlink: Codec, *, momentum_follows: bool) -> None:
+        """Open the exchange stream, and keep one open until `close`.
+
+        Args:
+            manifest: What the run exchanges.
+            downlink: How updates are to be written.
+            momentum_follows: Whether updates of parameters bring the server's momentum after the values.
+        """
+        self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
         self._tasks.append(asyncio.create_task(self._exchange()))
 
     @property
@@ -281,6 +267,7 @@ class ShardConnection:
                     base_bin=push.base_bin,
                     payload=push.outer_gradient.announced,
                     inner_step_us=self._inner_step_us(),
+                    tokens=push.tokens,
                 )
                 for piece in pieces(push.outer_gradient.payload):
                     await call.write(pb.ExchangeRequest(push=announced, data=piece))
@@ -293,7 +280,7 @@ class ShardConnection:
         async for message in call:
             if message.HasField("update"):
                 announced = message.update
-                receiver.begin(announced.payload, self._num_elements(announced.fragment))
+                receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
             assembly = receiver.add(message.data)
             if assembly is not None and announced is not None:
                 await self._answer(announced, assembly)
@@ -304,28 +291,33 @@ class ShardConnection:
         if unanswered is None or unanswered.update.done():
             return
         payload = assembly.payload()
-        num_elements = self._num_elements(announced.fragment)
-        values = await in_codec_thread(codecs.decode, assembly.codec, payload, num_elements)
+        num_values, num_momentum = self._sizes(announced.fragment)
+        numbers = await in_codec_thread(codecs.decode, assembly.codec, payload, num_values + num_momentum)
         self._answered_on_stream = True
         if unanswered.update.done():
             return
         unanswered.update.set_result(
             ReceivedUpdate(
-                values=values,
+                values=numbers[:num_values],
+                server_momentum=numbers[num_values:] if num_momentum else None,
                 bin=announced.bin,
                 bins_late=announced.bins_late,
                 refusal=announced.refusal if announced.HasField("refusal") else None,
                 inner_steps=announced.inner_steps,
                 quota=announced.quota,
+                lr=announced.lr,
+                momentum=announced.momentum,
                 num_bytes=payload.numel(),
             )
         )
 
-    def _num_elements(self, fragment: int) -> int:
+    def _sizes(self, fragment: int) -> tuple[int, int]:
+        """Values, and elements of momentum after them, in an update of a fragment."""
         fragments = self._manifest.fragments if self._manifest is not None else ()
         if fragment >= len(fragments):
             raise PacelineError(f"{self.target} sent an update for fragment {fragment}, which the run does not have")
-        return fragments[fragment].num_elements
+        plan = fragments[fragment]
+        return plan.num_elements, plan.num_elements if self._momentum_follows and plan.role == "parameter" else 0
 
     def _inner_step_us(self) -> int | None:
         return None if self.inner_step_s is None else max(1, round(self.inner_step_s * 1e6))

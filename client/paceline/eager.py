@@ -13,6 +13,7 @@ Source: Kale et al., Eager Updates For Overlapped Communication and Computation 
 Algorithm 2; the server form is derived in docs/algorithms.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,31 +24,63 @@ from paceline_wire.codecs.base import Codec
 
 
 class Estimate(Protocol):
-    """What a worker expects a push of its own to do to the published parameters of one fragment."""
+    """What a worker expects its own pushes to do to the published parameters of one fragment."""
 
-    def step(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor | None:
-        """The displacement, to be subtracted (float32 [n]), of the newest push; None for none.
+    def adapt(self, *, lr: float, momentum: float) -> None:
+        """Take the coefficients that the run's outer schedule has now; they count for what is expected from now on."""
+
+    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor | None:
+        """What `start` needs to know of the newest push (float32 [n]); None for nothing.
 
         Called once for each push, in order. outer_gradient is what the server will decode, and is not changed.
         """
 
+    def start(
+        self, base: torch.Tensor, momentum: torch.Tensor | None, expected: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Where inner steps should go on from, float32 [n]; nothing that is given is changed.
 
-class NoEstimate:
+        Args:
+            base: The newest values that the server sent, float32 [n].
+            momentum: The momentum that the server held then, float32 [n]; None if it was not sent.
+            expected: What `expect` returned for each push in flight, in order.
+        """
+
+
+class _ExpectedSteps:
+    """Estimates that expect a fixed displacement of every push, whatever the server's momentum."""
+
+    def adapt(self, *, lr: float, momentum: float) -> None:
+        """Nothing here depends on the coefficients."""
+
+    def start(
+        self, base: torch.Tensor, momentum: torch.Tensor | None, expected: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Base minus all expected steps."""
+        if not expected:
+            return base
+        start = base - expected[0]
+        for step in expected[1:]:
+            start.sub_(step)
+        return start
+
+
+class NoEstimate(_ExpectedSteps):
     """Expect nothing: work goes on from the newest base (blocking and delayed exchange)."""
 
-    def step(self, outer_gradient: torch.Tensor, num_workers: int) -> None:
+    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> None:
         """Expect no displacement."""
 
 
-class LocalContinuation:
+class LocalContinuation(_ExpectedSteps):
     """Go on from the local end point: the push is expected to do what the inner steps did."""
 
-    def step(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
         """The outer gradient itself."""
         return outer_gradient
 
 
-class OwnOuterStep:
+class OwnOuterStep(_ExpectedSteps):
     """The outer step that this worker's own outer gradients alone would make, by a momentum fed only by them.
 
         v = beta v + D ;  step = weight lr (D + beta v) where replies look ahead (Nesterov), weight lr v where not
@@ -66,10 +99,15 @@ class OwnOuterStep:
         self._whole = whole
         self._velocity: torch.Tensor | None = None
 
-    def step(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+    def adapt(self, *, lr: float, momentum: float) -> None:
+        """Make the next steps with these coefficients."""
+        self._lr, self._momentum = lr, momentum
+
+    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
         """The outer step at this push, momentum of the earlier ones included."""
         rate = self._lr if self._whole else self._lr / num_workers
         if self._momentum == 0:
+            self._velocity = None  # a schedule that raises the coefficient from 0 starts from the next push
             return outer_gradient * rate
         if self._velocity is None:
             self._velocity = outer_gradient.clone()
@@ -78,6 +116,57 @@ class OwnOuterStep:
         if not self._look_ahead:
             return self._velocity * rate
         return (self._velocity * self._momentum).add_(outer_gradient).mul_(rate)
+
+
+class PredictedServer:
+    """Play the server: from its newest parameters and momentum on, each push in flight fills a bin of its own.
+
+    The others are expected to push the same. For each push D, in order of seq:
+
+        look-ahead (Nesterov):  u += lr D ;  w -= lr D ;  w -= beta u ;  u *= beta
+        not (Polyak):           w -= beta u ;  u *= beta ;  u += lr D ;  w -= lr D
+
+    so with look-ahead one push gives w - beta u - lr (1 + beta) D.
+
+    Args:
+        lr: The run's outer learning rate.
+        momentum: The run's momentum coefficient beta.
+        look_ahead: Whether the run's replies look ahead.
+    """
+
+    def __init__(self, *, lr: float, momentum: float, look_ahead: bool) -> None:
+        self._lr = lr
+        self._momentum = momentum
+        self._look_ahead = look_ahead
+
+    def adapt(self, *, lr: float, momentum: float) -> None:
+        """Play the server with these coefficients."""
+        self._lr, self._momentum = lr, momentum
+
+    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+        """The outer gradient: what it does depends on the momentum that it meets."""
+        return outer_gradient
+
+    def start(
+        self, base: torch.Tensor, momentum: torch.Tensor | None, expected: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The parameters that the server will publish once it has all pushes in flight."""
+        if not expected:
+            return base
+        w = base.clone()
+        u = torch.zeros_like(base) if momentum is None else momentum.clone()
+        for outer_gradient in expected:
+            if not self._look_ahead:
+                self._open_bin(w, u)
+            u.add_(outer_gradient, alpha=self._lr)
+            w.sub_(outer_gradient, alpha=self._lr)
+            if self._look_ahead:
+                self._open_bin(w, u)
+        return w
+
+    def _open_bin(self, w: torch.Tensor, u: torch.Tensor) -> None:
+        u.mul_(self._momentum)
+        w.sub_(u)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,47 +192,83 @@ class WorkerFragment:
         bin: The bin that outer gradients computed from them belong to.
         codec: How pushes are written.
         estimate: What the worker expects of its pushes in flight.
+        error_feedback: Whether what the codec loses of a push is added to the next.
     """
 
-    def __init__(self, *, base: torch.Tensor, bin: int, codec: Codec, estimate: Estimate) -> None:  # noqa: A002
+    def __init__(
+        self,
+        *,
+        base: torch.Tensor,
+        bin: int,  # noqa: A002
+        codec: Codec,
+        estimate: Estimate,
+        error_feedback: bool = True,
+    ) -> None:
         self._base = base
+        self._momentum: torch.Tensor | None = None
         self._bin = bin
-        self._uplink = Uplink(codec)
+        self._uplink = Uplink(codec, error_feedback=error_feedback)
         self._estimate = estimate
-        self._expected_steps: dict[int, torch.Tensor | None] = {}
+        self._expected: dict[int, torch.Tensor | None] = {}
 
     @property
     def base(self) -> torch.Tensor:
         """The newest values that the server sent, float32 [n]."""
         return self._base
 
-    def push(self, outer_gradient: torch.Tensor, num_workers: int) -> PreparedPush:
+    def push(
+        self, outer_gradient: torch.Tensor, num_workers: int, local_momentum: torch.Tensor | None = None
+    ) -> PreparedPush:
         """Encode an outer gradient (float32 [n]), with what the codec lost of earlier ones, and count it as in flight.
 
         The loss carried over is committed only when the push is acknowledged as applied. An outer gradient that is not
         finite is prepared all the same, expected to do nothing: the server refuses it and says why.
+
+        Args:
+            outer_gradient: Start minus end of the round, float32 [n].
+            num_workers: How many share the learning rate.
+            local_momentum: The momentum of the inner steps, float32 [n], where the run orders it: encoded after the
+                outer gradient; nothing is expected of it.
         """
-        encoded = self._uplink.encode(outer_gradient)
-        self._expected_steps[encoded.seq] = self._estimate.step(encoded.decoded, num_workers)
+        numbers = outer_gradient if local_momentum is None else torch.cat((outer_gradient, local_momentum))
+        encoded = self._uplink.encode(numbers)
+        decoded = encoded.decoded if local_momentum is None else encoded.decoded[: outer_gradient.numel()]
+        self._expected[encoded.seq] = self._estimate.expect(decoded, num_workers)
         return PreparedPush(seq=encoded.seq, base_bin=self._bin, payload=encoded.payload)
 
-    def receive(self, seq: int, values: torch.Tensor, bin: int, *, applied: bool) -> None:  # noqa: A002
-        """Take the answer to a push: the server's newest values (float32 [n]; kept, not copied) and their bin."""
-        self._uplink.settle(seq, applied=applied)
-        del self._expected_steps[seq]
-        self.rebase(values, bin)
+    def receive(
+        self,
+        seq: int,
+        values: torch.Tensor,
+        bin: int,  # noqa: A002
+        *,
+        applied: bool,
+        momentum: torch.Tensor | None = None,
+    ) -> None:
+        """Take the answer to a push: the server's newest values (float32 [n]; kept, not copied) and their bin.
 
-    def rebase(self, values: torch.Tensor, bin: int) -> None:  # noqa: A002
-        """Take newer server values (float32 [n]; kept, not copied) and their bin."""
+        Args:
+            seq: The push.
+            values: The values.
+            bin: The bin that outer gradients computed from them belong to.
+            applied: Whether the push was applied; else it was refused.
+            momentum: The server's momentum, float32 [n], kept; None if it was not sent.
+        """
+        self._uplink.settle(seq, applied=applied)
+        del self._expected[seq]
+        self.rebase(values, bin, momentum)
+
+    def rebase(self, values: torch.Tensor, bin: int, momentum: torch.Tensor | None = None) -> None:  # noqa: A002
+        """Take newer server values (float32 [n]; kept, not copied), their bin, and the momentum if it was sent."""
         self._base = values
         self._bin = bin
+        self._momentum = momentum
+
+    def adapt(self, *, lr: float, momentum: float) -> None:
+        """Take the outer coefficients that the run has now."""
+        self._estimate.adapt(lr=lr, momentum=momentum)
 
     def new_start(self) -> torch.Tensor:
-        """Where inner steps should go on from (float32 [n]): base minus all expected steps in flight."""
-        steps = [step for step in self._expected_steps.values() if step is not None]
-        if not steps:
-            return self._base
-        start = self._base - steps[0]
-        for step in steps[1:]:
-            start.sub_(step)
-        return start
+        """Where inner steps should go on from (float32 [n]): the base, and what is expected of the pushes in flight."""
+        expected = [known for known in self._expected.values() if known is not None]
+        return self._estimate.start(self._base, self._momentum, expected)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from paceline.channels import TLS, Access
-from paceline.exchanger import Exchanger, ExchangeSettings, Overlap
+from paceline.exchanger import Exchanger, ExchangeSettings
 from paceline.fragments import exchanged
+from paceline.local_momentum import LocalMomentum
+from paceline.worker import Overlap, StepTime
 from paceline_wire.errors import InvalidInputError
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
-
-_STEP_TIME_MEMORY = 0.9
-"""Weight of the past in the running mean of an inner step's seconds: about the last ten steps count."""
 
 _PATIENCE_S = 10.0
 """Seconds after which a waiting training thread says in the log what it waits for."""
@@ -73,16 +73,15 @@ class Run:
         self, exchanger: Exchanger, optimizer: torch.optim.Optimizer, inner_steps: int | None, overlap: Overlap
     ) -> None:
         self._exchanger = exchanger
+        self._worker = exchanger.worker
         self._own_inner_steps = inner_steps
         self._overlap = overlap
-        self._round = 0
-        self._steps_in_round = 0
-        self._untouched = True
+        self._local_momentum = exchanger.local_momentum
         self._in_flight: deque[Future[None]] = deque()
         self._stalled_s = 0.0
         self._joined_s = time.perf_counter()
         self._step_began_s: float | None = None
-        self._inner_step_s: float | None = None
+        self._step_time = StepTime()
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
     @property
@@ -93,12 +92,24 @@ class Run:
     @property
     def round(self) -> int:
         """The number of the current round, from 0."""
-        return self._round
+        return self._worker.round
 
     @property
     def inner_steps(self) -> int:
         """Inner steps in the current round."""
-        return self._own_inner_steps or self._exchanger.inner_steps
+        return self._own_inner_steps or self._worker.inner_steps
+
+    def count(self, tokens: int) -> None:
+        """Add tokens (or samples) to what the current round stands for; its share of the learning rate grows with them.
+
+        Never called, a round counts as much as the others' mean. Workers of a run should count the same thing.
+
+        Raises:
+            InvalidInputError: tokens is negative.
+        """
+        if tokens < 0:
+            raise InvalidInputError(f"{tokens} tokens cannot be counted; a round stands for none or more")
+        self._worker.count(tokens)
 
     def stats(self) -> Stats:
         """What the run has cost so far."""
@@ -123,13 +134,11 @@ class Run:
         Raises:
             PacelineError: The server refuses this worker for good.
         """
-        if self._steps_in_round:
+        if self._worker.steps_in_round:
             self._wait_for_room(self._exchanger.window)
             self._end_round()
         self._wait_for_room(1)
-        self._exchanger.propose_canonical()
-        self._untouched = True
-        self._adopt()
+        self._worker.adopt_canonical(self._exchanger.fetch_canonical())
 
     def close(self) -> None:
         """Leave the run at once; what is in flight may or may not count."""
@@ -153,34 +162,28 @@ class Run:
         if _skipped_by_scaler(optimizer):
             return
         self._time_step()
-        self._steps_in_round += 1
-        self._untouched = False
+        self._worker.after_step()
         with torch.no_grad():
-            self._adopt()
-            if self._steps_in_round >= self.inner_steps:
+            self._worker.adopt()
+            if self._worker.is_full(self._own_inner_steps):
                 self._wait_for_room(self._exchanger.window)
-                self._adopt()
+                self._worker.adopt()
                 self._end_round()
                 if self._overlap is Overlap.BLOCKING:
                     self._wait_for_room(1)
-                    self._adopt()
+                    self._worker.adopt()
         self._step_began_s = time.perf_counter()
-
-    def _adopt(self) -> None:
-        """Take what the exchange thread proposes."""
-        for start in self._exchanger.starts:
-            start.adopt(untouched=self._untouched)
 
     def _end_round(self) -> None:
         """Hand the round over and go on at once."""
-        if self._inner_step_s is not None:
-            self._exchanger.report_speed(self._inner_step_s)
-        ends = [state.read() for state in self._exchanger.states]
-        starts = [start.end_round(end) for start, end in zip(self._exchanger.starts, ends, strict=True)]
-        self._in_flight.append(self._exchanger.begin_round(starts, ends))
-        self._round += 1
-        self._steps_in_round = 0
-        self._untouched = True
+        if self._step_time.mean_s is not None:
+            self._exchanger.report_speed(self._step_time.mean_s)
+        if self._local_momentum is None:
+            ended = self._worker.end_round()
+        else:
+            ended = self._worker.end_round(self._local_momentum.read())
+            self._local_momentum.reset()
+        self._in_flight.append(self._exchanger.begin_round(ended))
 
     def _wait_for_room(self, window: int) -> None:
         """Wait until fewer than window rounds are in flight; raises what ended the exchange, if something did."""
@@ -190,7 +193,7 @@ class Run:
                 self._in_flight[0].result(_PATIENCE_S)
             except TimeoutError:
                 waited_s = time.perf_counter() - began_s
-                _log.warning("round %d waits for its answer for %.0f s now", self._round, waited_s)
+                _log.warning("round %d waits for its answer for %.0f s now", self.round, waited_s)
                 continue
             self._in_flight.popleft()
         self._stalled_s += time.perf_counter() - began_s
@@ -198,9 +201,7 @@ class Run:
     def _time_step(self) -> None:
         if self._step_began_s is None:
             return
-        took_s = time.perf_counter() - self._step_began_s
-        mean_s = self._inner_step_s
-        self._inner_step_s = took_s if mean_s is None else _STEP_TIME_MEMORY * mean_s + (1 - _STEP_TIME_MEMORY) * took_s
+        self._step_time.observe(time.perf_counter() - self._step_began_s)
 
 
 def join(
@@ -269,7 +270,21 @@ def join(
     buffers = {
         name: buffer for name, buffer in model.named_buffers() if name in persistent and buffer.is_floating_point()
     }
-    exchanger = Exchanger(address, settings, exchanged({**trained, **buffers}), averaged=buffers.keys())
+    tensors = exchanged({**trained, **buffers})
+    parameters = {name: parameter for name, parameter in trained.items() if name in tensors}
+
+    def momentum_of(configuration: pb.RunConfiguration) -> LocalMomentum | None:
+        outer, asked = configuration.outer, configuration.exchange.inner_steps
+        if not outer.local_momentum:
+            return None
+        if inner_steps not in (None, asked):
+            raise InvalidInputError(
+                f"inner_steps is {inner_steps}; this run's outer rule orders the workers' momentum, which decays by the "
+                f"{asked} inner steps of every worker's round: leave it out"
+            )
+        return LocalMomentum(optimizer, parameters, outer.momentum)
+
+    exchanger = Exchanger(address, settings, tensors, buffers.keys(), momentum_of)
     return Run(exchanger, optimizer, inner_steps, Overlap(overlap))
 
 

@@ -71,6 +71,13 @@ class Session:
         self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
         await asyncio.gather(*(_persistently(connection.join, REACH_S) for connection in self.connections))
 
+    def begin_exchange(self, downlink: Codec) -> None:
+        """Open the exchange streams that are not open yet; updates are written as downlink says."""
+        predicted = self.configuration.exchange.own_weight == "predicted"
+        for connection in self.connections:
+            if not connection.exchanging:
+                connection.begin_exchange(self.require_manifest(), downlink, momentum_follows=predicted)
+
     def connection_of(self, fragment: int) -> ShardConnection:
         """The member's connection to the shard on which a fragment lives."""
         return self.connections[fragment % len(self.connections)]

@@ -31,10 +31,12 @@ class Uplink:
 
     Args:
         codec: How pushes are written.
+        error_feedback: False drops what the codec loses.
     """
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, *, error_feedback: bool = True) -> None:
         self._codec = codec
+        self._error_feedback = error_feedback
         self._residual: torch.Tensor | None = None
         self._residuals_in_flight: dict[int, torch.Tensor | None] = {}
         self._seq = 0
@@ -44,7 +46,7 @@ class Uplink:
         residual = self._residuals_in_flight.get(self._seq, self._residual)
         encoded = compensate(self._codec, outer_gradient, residual)
         self._seq += 1
-        self._residuals_in_flight[self._seq] = encoded.residual
+        self._residuals_in_flight[self._seq] = encoded.residual if self._error_feedback else None
         return EncodedPush(seq=self._seq, payload=encoded.payload, decoded=encoded.decoded)
 
     def settle(self, seq: int, *, applied: bool) -> None:

@@ -1,0 +1,284 @@
+"""The logic of one worker: its rounds, its pushes, where its model goes on from. Pure: no sockets, no loop, no clock.
+
+`Run` and `Exchanger` drive it with threads and a network, the simulator with a virtual clock. The way of a round:
+
+    after_step ... after_step     one for every inner step; `adopt` at these boundaries takes the newest proposed start
+    end_round                     once `is_full` and the window has room: what the round has done, to be pushed
+    prepare                       fragment by fragment: encode the outer gradient, propose a start that includes it
+    take_in                       fragment by fragment, when the answer comes: propose the start that follows from it
+
+`after_step`, `adopt`, `end_round` and `count` belong to the training thread, `prepare` and `take_in` to whoever
+exchanges; of one fragment, those two are called one at a time and in order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from paceline.eager import (
+    Estimate,
+    LocalContinuation,
+    NoEstimate,
+    OwnOuterStep,
+    PredictedServer,
+    PreparedPush,
+    WorkerFragment,
+)
+from paceline.model_state import FragmentState, Snapshot
+from paceline.rebase import RoundStart
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import InvalidInputError
+from paceline_wire.manifest import Fragment, Manifest
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+_STEP_TIME_MEMORY = 0.9
+"""Weight of the past in the running mean of an inner step's seconds: about the last ten steps count."""
+
+
+class Overlap(Enum):
+    """What a worker does while its push is under way."""
+
+    EAGER = "eager"
+    """Go on from the newest base plus the own estimate of what is in flight."""
+    DELAYED = "delayed"
+    """Go on from the newest base; the own push shows when its answer comes."""
+    BLOCKING = "blocking"
+    """Wait for the answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """How a worker exchanges.
+
+    Attributes:
+        configuration: What the server tells of the run.
+        overlap: What to do while a push is under way.
+        uplink: How pushes are written.
+        error_feedback: Whether what that loses of a push is added to the next.
+    """
+
+    configuration: pb.RunConfiguration
+    overlap: Overlap
+    uplink: Codec
+    error_feedback: bool = True
+
+    @property
+    def window(self) -> int:
+        """Rounds that may be in flight before the training thread waits."""
+        return 1 if self.overlap is Overlap.BLOCKING else max(1, self.configuration.exchange.window)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReceivedUpdate:
+    """The server's answer to a push.
+
+    Attributes:
+        values: The fragment's newest values, float32 [n].
+        server_momentum: The momentum that the server holds with them, float32 [n]; None if it was not sent.
+        bin: The bin that outer gradients computed from them belong to.
+        bins_late: How late the push was when it was applied.
+        refusal: Why it was not applied; None if it was.
+        inner_steps: Inner steps for the next round.
+        quota: Pushes that share the learning rate.
+        lr: The outer learning rate that the run has now; 0: not told.
+        momentum: The momentum coefficient that the run has now, if lr is told.
+        num_bytes: Size of the encoded values.
+    """
+
+    values: torch.Tensor
+    server_momentum: torch.Tensor | None = None
+    bin: int
+    bins_late: int
+    refusal: str | None
+    inner_steps: int
+    quota: int
+    lr: float = 0.0
+    momentum: float = 0.0
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EndedRound:
+    """What a round has done, fragment by fragment.
+
+    Attributes:
+        starts: Where it began.
+        ends: Where it ended.
+        local_momenta: The momentum of its inner steps; None where the run does not order it.
+        tokens: Tokens or samples that it stands for; None if nobody counted them.
+    """
+
+    starts: Sequence[Snapshot]
+    ends: Sequence[Snapshot]
+    local_momenta: Sequence[Snapshot | None]
+    tokens: int | None
+
+
+class Worker:
+    """One worker of a run.
+
+    Args:
+        settings: How it exchanges.
+        manifest: What is exchanged.
+        tensors: The live model's tensors by name, detached; set to the bases.
+        bases: Each fragment's values (float32 [n]; kept) and bin, as they were fetched.
+        inner_steps: Inner steps in a round, as the server said.
+        num_workers: How many share the learning rate, as the server said.
+
+    Raises:
+        InvalidInputError: The run asks for an estimate that this version does not know.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        manifest: Manifest,
+        tensors: Mapping[str, torch.Tensor],
+        bases: Sequence[tuple[torch.Tensor, int]],
+        *,
+        inner_steps: int,
+        num_workers: int,
+    ) -> None:
+        self.inner_steps = inner_steps
+        self.round = 0
+        self.steps_in_round = 0
+        self._num_workers = num_workers
+        self._settings = settings
+        self._untouched = True
+        self._tokens: int | None = None
+        self._plan = manifest.fragments
+        self._states = [FragmentState(plan, tensors) for plan in self._plan]
+        self._fragments = [
+            WorkerFragment(
+                base=values,
+                bin=base_bin,
+                codec=settings.uplink,
+                estimate=estimate_of(settings, plan),
+                error_feedback=settings.error_feedback,
+            )
+            for plan, (values, base_bin) in zip(self._plan, bases, strict=True)
+        ]
+        self._starts = [
+            RoundStart(state, state.write(values)) for state, (values, _) in zip(self._states, bases, strict=True)
+        ]
+
+    @property
+    def num_fragments(self) -> int:
+        """Fragments of the run."""
+        return len(self._plan)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no inner step has changed the model since the last start that was adopted whole."""
+        return self._untouched
+
+    def after_step(self, steps: int = 1) -> None:
+        """Count inner steps that have changed the model."""
+        self.steps_in_round += steps
+        self._untouched = False
+
+    def count(self, tokens: int) -> None:
+        """Add tokens or samples to what the round stands for."""
+        self._tokens = tokens + (self._tokens or 0)
+
+    def is_full(self, own_inner_steps: int | None = None) -> bool:
+        """Whether the round has its steps: as many as the worker wants itself, else as the server said."""
+        return self.steps_in_round >= (own_inner_steps or self.inner_steps)
+
+    def adopt(self) -> None:
+        """Take what has been proposed, at a boundary between two inner steps."""
+        for start in self._starts:
+            start.adopt(untouched=self._untouched)
+
+    def end_round(self, local_momentum: Mapping[str, torch.Tensor] | None = None) -> EndedRound:
+        """End the round where the model is, and begin the next there.
+
+        Args:
+            local_momentum: The momentum of the inner steps by name, with their learning rate inside; given exactly if
+                the run orders it.
+        """
+        ends = [state.read() for state in self._states]
+        starts = [start.end_round(end) for start, end in zip(self._starts, ends, strict=True)]
+        local_momenta = [
+            None if local_momentum is None or plan.role != "parameter" else FragmentState(plan, local_momentum).read()
+            for plan in self._plan
+        ]
+        ended = EndedRound(starts=starts, ends=ends, local_momenta=local_momenta, tokens=self._tokens)
+        self.round += 1
+        self.steps_in_round = 0
+        self._untouched = True
+        self._tokens = None
+        return ended
+
+    def prepare(self, index: int, ended: EndedRound) -> PreparedPush:
+        """Encode a fragment's outer gradient, and propose a start that includes what is expected of it."""
+        fragment, momentum = self._fragments[index], ended.local_momenta[index]
+        outer_gradient = ended.starts[index].wait() - ended.ends[index].wait()
+        prepared = fragment.push(outer_gradient, self._num_workers, None if momentum is None else momentum.wait())
+        if self._settings.overlap is not Overlap.BLOCKING:
+            self._starts[index].propose(fragment.new_start())
+        return prepared
+
+    def take_in(self, index: int, seq: int, update: ReceivedUpdate) -> None:
+        """Take the answer to a fragment's push, and propose the start that follows from it."""
+        fragment, applied = self._fragments[index], update.refusal is None
+        if update.lr:
+            lr, momentum = _coefficients(self._settings, self._plan[index], update.lr, update.momentum)
+            fragment.adapt(lr=lr, momentum=momentum)
+        fragment.receive(seq, update.values, update.bin, applied=applied, momentum=update.server_momentum)
+        self._starts[index].propose(fragment.new_start(), replace=not applied)
+        if index == 0:
+            self.inner_steps = update.inner_steps
+            self._num_workers = update.quota
+
+    def adopt_canonical(self, bases: Sequence[tuple[torch.Tensor, int]]) -> None:
+        """Set the model to the run's values (float32 [n], each fragment's, with its bin); nothing may be in flight."""
+        for fragment, start, (values, newest_bin) in zip(self._fragments, self._starts, bases, strict=True):
+            fragment.rebase(values, newest_bin)
+            start.propose(values)
+        self._untouched = True
+        self.adopt()
+
+
+class StepTime:
+    """The running mean of an inner step's duration, which a worker reports as its speed."""
+
+    def __init__(self) -> None:
+        self.mean_s: float | None = None
+
+    def observe(self, took_s: float, steps: int = 1) -> None:
+        """Note inner steps that took so many seconds each."""
+        past = _STEP_TIME_MEMORY**steps
+        self.mean_s = took_s if self.mean_s is None else past * self.mean_s + (1 - past) * took_s
+
+
+def estimate_of(settings: WorkerSettings, fragment: Fragment) -> Estimate:
+    """What a worker expects of its pushes to a fragment.
+
+    Raises:
+        InvalidInputError: The run asks for an estimate that this version does not know.
+    """
+    outer, own_weight = settings.configuration.outer, settings.configuration.exchange.own_weight
+    if settings.overlap is not Overlap.EAGER:
+        return NoEstimate()
+    if own_weight == "local":
+        return LocalContinuation()
+    if own_weight not in ("1", "1/M", "predicted"):
+        raise InvalidInputError(f"the server asks for own_weight {own_weight!r}, which this version does not know")
+    lr, momentum = _coefficients(settings, fragment, outer.lr, outer.momentum)
+    if own_weight == "predicted" and fragment.role == "parameter" and not outer.local_momentum:
+        return PredictedServer(lr=lr, momentum=momentum, look_ahead=outer.look_ahead)
+    return OwnOuterStep(lr=lr, momentum=momentum, look_ahead=outer.look_ahead, whole=own_weight != "1/M")
+
+
+def _coefficients(settings: WorkerSettings, fragment: Fragment, lr: float, momentum: float) -> tuple[float, float]:
+    """The outer coefficients that an estimate of a fragment uses, given those that the run has now.
+
+    Buffers are averaged without momentum, whatever the rule. Where the rule orders the workers' local momentum, its
+    momentum is made of that and not of outer gradients, so an outer gradient is expected to do its own step alone.
+    """
+    if fragment.role == "averaged":
+        return 1.0, 0.0
+    return lr, 0.0 if settings.configuration.outer.local_momentum else momentum
