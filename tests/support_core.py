@@ -17,7 +17,8 @@ from paceline_server.ledger import (
     decide_close,
     decide_push,
 )
-from paceline_server.outer import OrderedMomentum
+from paceline_server.rules.ordered_momentum import OrderedMomentum
+from paceline_server.rules.rates import Rates
 from paceline_wire import codecs
 
 EXACT = codecs.codec("fp32")
@@ -71,7 +72,9 @@ class PlayedFragment:
         self.schedule = schedule
         self.lr, self.momentum = lr, momentum
         self.initial = normal(size, 7) if initial is None else initial.clone()
-        self.numbers = FragmentValues(self.initial.clone(), OrderedMomentum(lr=lr, momentum=momentum))
+        self.numbers = FragmentValues(
+            self.initial.clone(), OrderedMomentum(rates=Rates(peak_lr=lr, full_momentum=momentum))
+        )
         self.ledger = Ledger()
         self.now_s = 0.0
         self.active: set[str] = set()
@@ -88,7 +91,7 @@ class PlayedFragment:
     @property
     def u(self) -> torch.Tensor:
         """The momentum."""
-        return self.numbers.u
+        return self.numbers.state["u"]
 
     @property
     def roster(self) -> Roster:

@@ -51,4 +51,5 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 )
                 for member in membership.members
             ],
+            warnings=[self._engine.warning] if self._engine.warning is not None else [],
         )

@@ -5,17 +5,14 @@ turns what is wrong into sentences. A relation between two fields is checked at 
 names a field and every problem is found at once.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
+from paceline_server.config_outer import OuterConfig
 from paceline_server.config_security import SecurityConfig
-
-OUTER_RULES = ("ormo", "sgd")
-"""Names accepted as `outer.rule`."""
 
 BLOCK_ELEMENTS = 256
 """Fragments are cut at multiples of the codecs' block (paceline_wire.codecs.base, which would import torch here)."""
@@ -30,61 +27,14 @@ MAX_LEASE_S = 7 * 24 * 3600.0
 """A week. Leases travel as uint32 milliseconds, which end at seven of them."""
 
 
-class OuterConfig(Section):
-    """How pushes become parameters."""
-
-    rule: str = Field(
-        default="ormo",
-        description="Outer rule: ormo (ordered momentum) or sgd (the same with momentum 0).",
-    )
-    lr: float = Field(
-        default=0.7,
-        gt=0,
-        allow_inf_nan=False,
-        description="Outer learning rate of the mean outer gradient of a full bin; each push enters with lr / quota.",
-    )
-    momentum: float = Field(
-        default=0.5,
-        ge=0,
-        lt=1,
-        allow_inf_nan=False,
-        description="Momentum coefficient of the outer rule.",
-    )
-    publish: Literal["polyak", "look-ahead"] | None = Field(
-        default=None,
-        description="What workers are sent: the parameters as they stand (polyak), or a step ahead along the momentum "
-        "(look-ahead, Nesterov). Left out: polyak under the async schedule, look-ahead under barrier and quorum.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sgd_defaults_to_no_momentum(cls, data: object) -> object:
-        if isinstance(data, Mapping) and data.get("rule") == "sgd":
-            return {"momentum": 0.0, **data}
-        return data
-
-    @field_validator("rule")
-    @classmethod
-    def _rule_is_known(cls, rule: str) -> str:
-        if rule not in OUTER_RULES:
-            raise ValueError(f"this version has no such outer rule; the valid ones are {' and '.join(OUTER_RULES)}")
-        return rule
-
-    @field_validator("momentum")
-    @classmethod
-    def _sgd_takes_no_momentum(cls, momentum: float, info: ValidationInfo) -> float:
-        if momentum and info.data.get("rule") == "sgd":
-            raise ValueError("the rule sgd has no momentum; leave outer.momentum out, or choose the rule ormo")
-        return momentum
-
-
 class ScheduleConfig(Section):
     """When bins close and when workers are answered."""
 
-    kind: Literal["async", "quorum", "barrier"] = Field(
+    kind: Literal["async", "participation", "quorum", "barrier"] = Field(
         default="async",
-        description="async answers every push at once; quorum answers when enough workers have contributed and a grace "
-        "window has passed; barrier answers when all active workers have.",
+        description="async answers every push at once and closes a bin by quota; participation answers at once and "
+        "closes a bin when all active workers have pushed; quorum answers when enough workers have contributed and a "
+        "grace window has passed; barrier answers when all active workers have.",
     )
     quota: int | None = Field(
         default=None,
@@ -124,9 +74,9 @@ class ScheduleConfig(Section):
 class ExchangeConfig(Section):
     """How workers exchange with the server, unless their own arguments say otherwise."""
 
-    uplink: Literal["fp32", "bf16", "int8", "int4", "fp4"] = Field(
+    uplink: Literal["fp32", "bf16", "int8", "int4", "fp4", "topk"] = Field(
         default="int4",
-        description="Codec of pushes, worker to server.",
+        description="Codec of pushes, worker to server; topk sends 64 of every 4096 elements in 2 bits.",
     )
     downlink: Literal["fp32", "bf16"] = Field(default="bf16", description="Codec of updates, server to worker.")
     fragment_elements: int = Field(
@@ -146,17 +96,18 @@ class ExchangeConfig(Section):
         default=True,
         description="Give slower workers fewer inner steps, in proportion to their speed.",
     )
-    own_weight: Literal["1/M", "1", "local"] = Field(
+    own_weight: Literal["1/M", "1", "local", "predicted"] = Field(
         default="1",
         description="How a worker estimates what its pushes in flight will do: with their share among M workers (1/M), "
-        "as if they stood for everybody's (1), or by going on from where it is (local).",
+        "as if they stood for everybody's (1), by going on from where it is (local), or as 1 with the server's "
+        "momentum, which doubles the updates (predicted).",
     )
     window: int = Field(
         default=1,
         ge=1,
         le=8,
-        description="Rounds that a worker may have in flight before it waits. More than one needs the async schedule: "
-        "elsewhere every other push would be late.",
+        description="Rounds that a worker may have in flight before it waits. Under barrier and quorum, more than one "
+        "makes a worker push twice to a bin, or late to the one before.",
     )
 
     @field_validator("downlink", mode="before")
@@ -183,6 +134,12 @@ class StorageConfig(Section):
     sync: Literal["commit", "interval", "never"] = Field(
         default="commit",
         description="When the journal is forced to disk. Without effect while the state is held in memory.",
+    )
+
+    arrivals: Path | None = Field(
+        default=None,
+        description="File to which shard 0 appends every push as it arrives, one JSON object a line, for `paceline "
+        "simulate --replay`; other shards append their index to the name. Left out: none.",
     )
 
     @field_validator("data_dir")
@@ -239,12 +196,23 @@ class ServerConfig(Section):
 
     @field_validator("exchange")
     @classmethod
-    def _window_fits_the_schedule(cls, exchange: ExchangeConfig, info: ValidationInfo) -> ExchangeConfig:
-        schedule = info.data.get("schedule")
-        if exchange.window > 1 and schedule is not None and schedule.kind != "async":
+    def _local_momentum_fits(cls, exchange: ExchangeConfig, info: ValidationInfo) -> ExchangeConfig:
+        outer = info.data.get("outer")
+        if outer is None:
+            return exchange
+        if outer.rule == "orlomo" and exchange.dynamic_inner_steps:
             raise ValueError(
-                f"exchange.window = {exchange.window} needs schedule.kind = 'async', which is '{schedule.kind}': "
-                "elsewhere every other push would be late"
+                "exchange.dynamic_inner_steps = true does not fit outer.rule = 'orlomo', whose momentum decays by the "
+                "inner steps of a round, equal for all: set it to false"
+            )
+        if outer.rule == "orlomo" and exchange.uplink == "topk":
+            raise ValueError(
+                "exchange.uplink = 'topk' does not fit outer.rule = 'orlomo': what it drops of a momentum cannot be "
+                "sent later; use int8 or int4"
+            )
+        if exchange.own_weight == "predicted" and outer.rule not in ("ormo", "ormo-da"):
+            raise ValueError(
+                f"exchange.own_weight = 'predicted' knows the rules ormo and ormo-da only, not '{outer.rule}'"
             )
         return exchange
 
@@ -262,5 +230,5 @@ class ServerConfig(Section):
     def look_ahead(self) -> bool:
         """Whether workers are sent the look-ahead (Nesterov) rather than the parameters as they stand (Polyak)."""
         if self.outer.publish is None:
-            return self.schedule.kind != "async"
+            return self.schedule.kind in ("barrier", "quorum")
         return self.outer.publish == "look-ahead"

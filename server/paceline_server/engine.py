@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from paceline_server.fragment import FragmentValues
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.shard import Shard
+from paceline_server.stability_watch import StabilityWatch
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError
@@ -80,11 +81,24 @@ class Engine:
         shard: Its state.
         journal: Where decisions are kept before anybody is told.
         clock: Seconds that only grow.
+        send_momentum: Whether updates of parameters carry the outer momentum behind the values.
+        watch: What looks whether the settings suit the workers; None: nothing.
     """
 
-    def __init__(self, shard: Shard, journal: Journal, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        journal: Journal,
+        clock: Clock = time.monotonic,
+        *,
+        send_momentum: bool = False,
+        watch: StabilityWatch | None = None,
+    ) -> None:
         self.shard = shard
         self.clock = clock
+        self.warning: str | None = None
+        self._send_momentum = send_momentum
+        self._watch = watch
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
         self._locks: dict[int, asyncio.Lock] = {}
@@ -181,7 +195,8 @@ class Engine:
     async def _push(self, push: ReceivedPush) -> None:
         async with self._locks[push.fragment]:
             request = await self._with_problem(push)
-            decision, ledger = self.shard.decide_push(self.clock(), push.fragment, request)
+            now_s = self.clock()
+            decision, ledger = self.shard.decide_push(now_s, push.fragment, request)
             if request.problem is not None:
                 _log.warning(
                     "refused push %d of worker %s to fragment %d: %s",
@@ -190,36 +205,49 @@ class Engine:
                     push.fragment,
                     request.problem,
                 )
-            await self._carry_out(push.fragment, decision, ledger, push)
+            await self._carry_out(push.fragment, now_s, decision, ledger, push)
             if self.shard.schedule.quorum is not None:
                 self._roster_changed.set()
+        if decision.contribution is not None:
+            await self._look_at_stability(decision.contribution.bins_late)
+
+    async def _look_at_stability(self, bins_late: int) -> None:
+        """Warn once when the settings no longer suit the workers, and say so when they do again."""
+        if self._watch is None:
+            return
+        watch, seen = self._watch, self._watch.observe(bins_late, len(self.shard.membership.active))
+        if seen is None:
+            return
+        before, self.warning = self.warning, await self._in_thread(lambda: watch.warning(seen))
+        if self.warning is not None and before is None:
+            _log.warning("%s", self.warning)
+        elif self.warning is None and before is not None:
+            _log.info("the outer settings suit %d workers again", seen.workers)
 
     async def _with_problem(self, push: ReceivedPush) -> PushRequest:
         """The request, with the reason why its content cannot be applied, if there is one."""
-        num_elements = self.shard.plan_of(push.fragment).num_elements
+        num_elements = self.shard.push_elements(push.fragment)
         try:
             await self._in_thread(lambda: push.codec.check(push.payload, num_elements))
         except CodecError as error:
-            request = push.request
-            return PushRequest(
-                worker=request.worker,
-                incarnation=request.incarnation,
-                seq=request.seq,
-                base_bin=request.base_bin,
-                problem=f"the outer gradient of fragment {push.fragment} cannot be applied: {error}",
-            )
+            problem = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
+            return replace(push.request, problem=problem)
         return push.request
 
     async def _close_if_due(self, index: int) -> None:
         async with self._locks[index]:
-            decided = self.shard.decide_close(self.clock(), index)
+            now_s = self.clock()
+            decided = self.shard.decide_close(now_s, index)
             if decided is not None:
                 _log.debug("fragment %d: %s", index, decided[0].reason)
-                await self._carry_out(index, *decided, None)
+                await self._carry_out(index, now_s, *decided, None)
 
-    async def _carry_out(self, index: int, decision: Decision, ledger: Ledger, push: ReceivedPush | None) -> None:
+    async def _carry_out(
+        self, index: int, now_s: float, decision: Decision, ledger: Ledger, push: ReceivedPush | None
+    ) -> None:
         """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
-        _, values = self.shard.hosted(index)
+        fragment, values = self.shard.hosted(index)
+        with_momentum = self._send_momentum and fragment.plan.role == "parameter"
         recipients = [
             (answer, self._recipients.get((answer.worker, answer.incarnation, index))) for answer in decision.answers
         ]
@@ -227,6 +255,8 @@ class Engine:
         contributing = push if decision.contribution is not None else None
         record = Decided(
             fragment=index,
+            time_s=now_s,
+            push=push.request if push is not None else None,
             decision=decision,
             ledger=ledger,
             codec=contributing.codec.name if contributing is not None else None,
@@ -234,7 +264,9 @@ class Engine:
         )
         if decision.outcome is not Outcome.DUPLICATE:
             await self._journal.append(record)
-        encoded = await self._in_thread(lambda: _follow_and_encode(values, decision, contributing, downlinks))
+        encoded = await self._in_thread(
+            lambda: _follow_and_encode(values, decision, contributing, downlinks, with_momentum=with_momentum)
+        )
         self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
         for answer, recipient in recipients:
             if recipient is not None:
@@ -251,11 +283,16 @@ class Engine:
 
 
 def _follow_and_encode(
-    values: FragmentValues, decision: Decision, push: ReceivedPush | None, downlinks: set[Codec]
+    values: FragmentValues,
+    decision: Decision,
+    push: ReceivedPush | None,
+    downlinks: set[Codec],
+    *,
+    with_momentum: bool,
 ) -> dict[Codec, Outgoing]:
     """Change the numbers as decided, then write them in every codec that is asked for."""
     if push is None:
         values.follow(decision)
     else:
         values.follow(decision, push.codec, push.payload)
-    return {codec: outgoing(codec, values.encoded(codec)) for codec in downlinks}
+    return {codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks}

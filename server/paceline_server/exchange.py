@@ -94,7 +94,7 @@ class ExchangeStream:
             if message.HasField("push"):
                 self._announced = message.push
                 self._note_speed(message.push)
-                num_elements = self._engine.shard.plan_of(message.push.fragment).num_elements
+                num_elements = self._engine.shard.push_elements(message.push.fragment)
                 self._receiver.begin(message.push.payload, num_elements)
             elif message.HasField("open"):
                 raise InvalidInputError("a stream is opened once; `open` came again")
@@ -111,6 +111,7 @@ class ExchangeStream:
             incarnation=self._worker.incarnation,
             seq=announced.seq,
             base_bin=announced.base_bin,
+            tokens=announced.tokens if announced.HasField("tokens") else None,
         )
         payload = assembly.payload()
         self._engine.shard.counters.bytes_received += payload.numel()
@@ -146,6 +147,7 @@ class ExchangeStream:
 
     def _update(self, fragment: int, answer: Answer, announced: pb.Payload) -> pb.Update | None:
         shard = self._engine.shard
+        lr, momentum = shard.coefficients(fragment)
         return pb.Update(
             fragment=fragment,
             seq=answer.seq,
@@ -155,4 +157,6 @@ class ExchangeStream:
             inner_steps=shard.membership.inner_steps(answer.worker),
             quota=shard.schedule.quota or max(1, len(shard.membership.active)),
             payload=announced,
+            lr=lr,
+            momentum=momentum,
         )

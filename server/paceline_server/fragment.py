@@ -1,9 +1,12 @@
-"""One fragment's numbers: parameters and momentum, changed as decisions say, in pieces that stay in the cache."""
+"""One fragment's numbers: parameters and the rule's vectors, changed as decisions say, in pieces that fit a cache."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from paceline_server.ledger import Decision
-from paceline_server.outer import OrderedMomentum
+from paceline_server.rules.base import Contribution, Numbers, OuterRule
+from paceline_server.rules.heloco import DirectionCorrection
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 
@@ -12,24 +15,48 @@ PIECE_ELEMENTS = 256 * 1024
 
 
 class FragmentValues:
-    """The parameters w and the momentum u of one fragment.
+    """The parameters w of one fragment and the outer rule's state.
 
     Not safe for concurrent use: the caller lets one event at a time change a fragment.
 
     Args:
         initial: The first parameters, float32 [n]; kept, not copied.
         rule: How pushes change them.
+        correction: What is done to a push first; None: nothing.
+        tensor_bounds: The (start, end) in the fragment of each tensor's part, for the correction.
     """
 
-    def __init__(self, initial: torch.Tensor, rule: OrderedMomentum) -> None:
+    def __init__(
+        self,
+        initial: torch.Tensor,
+        rule: OuterRule,
+        *,
+        correction: DirectionCorrection | None = None,
+        tensor_bounds: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.w = initial
-        self.u = torch.zeros_like(initial)
+        self.state = {name: torch.zeros_like(initial) for name in rule.state}
+        self.open_bin = 0
+        self.newest: Contribution | None = None
         self._rule = rule
+        self._correction = correction if rule.momentum_vector is not None else None
+        self._tensor_bounds = tensor_bounds
 
     @property
     def num_elements(self) -> int:
         """Elements in the fragment."""
         return self.w.numel()
+
+    @property
+    def push_elements(self) -> int:
+        """Elements in a push: twice the fragment's where workers report their local momentum."""
+        return self.num_elements * (2 if self._rule.local_momentum else 1)
+
+    @property
+    def momentum(self) -> torch.Tensor:
+        """What moves the parameters when the next bin opens (float32 [n]); zeros if the rule has no such vector."""
+        name = self._rule.momentum_vector
+        return torch.zeros_like(self.w) if name is None else self.state[name]
 
     def follow(self, decision: Decision, codec: Codec | None = None, payload: torch.Tensor | None = None) -> None:
         """Do what a decision says.
@@ -37,25 +64,61 @@ class FragmentValues:
         Args:
             decision: What happens.
             codec: How the push is written, if the decision has a contribution.
-            payload: The push (uint8 [codec.encoded_bytes(n)]); it MUST have passed codec.check.
+            payload: The push (uint8 [codec.encoded_bytes(push_elements)]); it MUST have passed codec.check.
         """
-        if not (decision.bins_opened_before or decision.contribution or decision.bins_opened_after):
+        opened_before = self._next_bins(decision.bins_opened_before)
+        opened_after = self._next_bins(decision.bins_opened_after)
+        push = decision.contribution
+        if not (opened_before or push or opened_after):
             return
-        num_elements = self.num_elements
-        scratch = torch.empty(min(PIECE_ELEMENTS, num_elements))
-        for start in range(0, num_elements, PIECE_ELEMENTS):
-            w, u = self.w[start : start + PIECE_ELEMENTS], self.u[start : start + PIECE_ELEMENTS]
-            for _ in range(decision.bins_opened_before):
-                self._rule.open_bin(w, u)
-            if decision.contribution is not None:
-                if codec is None or payload is None:
-                    raise ValueError("a decision with a contribution needs the push that contributes")
-                g = scratch[: w.numel()]
-                codec.decode_range(payload, num_elements, start, g)
-                self._rule.apply(w, u, g, decision.contribution)
-            for _ in range(decision.bins_opened_after):
-                self._rule.open_bin(w, u)
+        if push is None:
+            gradients: Iterator[torch.Tensor | None] = (None for _ in self._pieces())
+        elif codec is None or payload is None:
+            raise ValueError("a decision with a contribution needs the push that contributes")
+        else:
+            gradients = self._decoded(codec, payload)
+            self.newest = push
+        for piece, g in zip(self._pieces(), gradients, strict=True):
+            numbers = Numbers(w=self.w[piece], state={name: vector[piece] for name, vector in self.state.items()})
+            for opened in opened_before:
+                self._rule.open_bin(numbers, opened)
+            if push is not None and g is not None:
+                self._rule.apply(numbers, g, push)
+            for opened in opened_after:
+                self._rule.open_bin(numbers, opened)
 
-    def encoded(self, codec: Codec) -> torch.Tensor:
-        """The parameters as a payload (uint8 [codec.encoded_bytes(n)])."""
-        return codecs.encode(codec, self.w)
+    def published(self) -> torch.Tensor:
+        """What workers are sent, float32 [n]; a view of the parameters where that is what the rule publishes."""
+        return self._rule.published(Numbers(w=self.w, state=self.state), self.newest)
+
+    def encoded(self, codec: Codec, *, with_momentum: bool = False) -> torch.Tensor:
+        """What workers are sent as a payload (uint8 [codec.encoded_bytes(n)], or of 2n with the momentum behind)."""
+        values = self.published()
+        return codecs.encode(codec, torch.cat((values, self.momentum)) if with_momentum else values)
+
+    def _next_bins(self, count: int) -> range:
+        """Count bins as opened; returns their numbers."""
+        opened = range(self.open_bin + 1, self.open_bin + 1 + count)
+        self.open_bin += count
+        return opened
+
+    def _pieces(self) -> Iterator[slice]:
+        for start in range(0, self.num_elements, PIECE_ELEMENTS):
+            yield slice(start, min(start + PIECE_ELEMENTS, self.num_elements))
+
+    def _decoded(self, codec: Codec, payload: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The push, piece by piece; each may be overwritten, and is good until the next is asked for."""
+        if self._correction is None and not self._rule.local_momentum:
+            scratch = torch.empty(min(PIECE_ELEMENTS, self.num_elements))
+            for piece in self._pieces():
+                g = scratch[: piece.stop - piece.start]
+                codec.decode_range(payload, self.num_elements, piece.start, g)
+                yield g
+            return
+        whole = torch.empty(self.push_elements)
+        codec.decode_range(payload, self.push_elements, 0, whole)
+        if self._correction is not None:
+            self._correction.correct(whole[: self.num_elements], self.momentum, self._tensor_bounds)
+        halves = whole.view(2, -1) if self._rule.local_momentum else whole
+        for piece in self._pieces():
+            yield halves[..., piece]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from paceline_server.ledger import Decision, Ledger
+from paceline_server.ledger import Decision, Ledger, PushRequest
 from paceline_wire.manifest import Manifest
 
 
@@ -45,6 +45,8 @@ class Decided:
 
     Attributes:
         fragment: Its index.
+        time_s: When it was decided, in seconds of the engine's clock.
+        push: The push that was decided about; None if it was time or a change of membership that closed a bin.
         decision: What happens to its numbers.
         ledger: Its bookkeeping afterwards.
         codec: Name of the codec of the push; None if no push enters.
@@ -52,6 +54,8 @@ class Decided:
     """
 
     fragment: int
+    time_s: float
+    push: PushRequest | None
     decision: Decision
     ledger: Ledger
     codec: str | None = None

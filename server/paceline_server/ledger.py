@@ -19,13 +19,18 @@ Rules:
 6. A refused push counts as its worker's contribution, so that nobody waits for a worker whose numbers went bad.
 7. A push enters with 1 / quota of the learning rate. Without a set quota that is the workers active when the bin began,
    or as many as there have been since: those who join during a bin push to it too.
+8. Where pushes say how many tokens they stand for, the share grows with them: a push of as many as the workers' mean has
+   1 / quota, one of none has nothing. Of a push more than `late_bins` late only the part late_bins / bins_late enters, since an ordered push moves the parameters by
+   nearly eta / (1 - beta) at once, however old the parameters are that it was computed at.
+9. Participation: every push is answered at once, as in 3, but the next bin starts when all active workers have pushed
+   since this one did.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from paceline_server.outer import Contribution
+from paceline_server.rules.base import Contribution
 from paceline_wire.errors import InvalidInputError, SupersededError
 
 GRACE_SHARE = 0.25
@@ -42,8 +47,14 @@ class ScheduleKind(Enum):
     """When bins close and when workers are answered."""
 
     ASYNC = "async"
+    PARTICIPATION = "participation"
     QUORUM = "quorum"
     BARRIER = "barrier"
+
+    @property
+    def answers_at_once(self) -> bool:
+        """Whether no push waits for its bin to close."""
+        return self in (ScheduleKind.ASYNC, ScheduleKind.PARTICIPATION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +66,15 @@ class Schedule:
         quota: Pushes in a bin; None: the workers active when the bin begins, or more if others join during it.
         quorum: Contributions that let a bin close under ScheduleKind.QUORUM.
         look_ahead: Whether the next bin opens before the answers that first name it (Nesterov) or after (Polyak).
+        late_bins: Lateness up to which a push enters whole, and beyond which only late_bins / bins_late of it does;
+            None: it always enters whole.
     """
 
     kind: ScheduleKind
     quota: int | None = None
     quorum: int | None = None
     look_ahead: bool = False
+    late_bins: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +100,7 @@ class PushRequest:
         seq: Counts the incarnation's pushes to this fragment from 1.
         base_bin: The bin that the worker's newest values named.
         problem: Why its content cannot be applied, in a sentence; None if it can.
+        tokens: Tokens or samples that it stands for; None: as many as the others' mean.
     """
 
     worker: str
@@ -93,6 +108,7 @@ class PushRequest:
     seq: int
     base_bin: int
     problem: str | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +171,10 @@ class Ledger:
         issuing_bin: The bin that answers name; open_bin or the next.
         labels_left: Answers that may still name issuing_bin before the next bin starts (asynchronous).
         quota: Pushes that share the learning rate in issuing_bin; None before the first push.
-        contributors: Workers whose pushes of issuing_bin are in (barrier, quorum).
+        place: Pushes applied since the last full turn of quota pushes.
+        tokens: What each worker's newest push said that it stands for, of those that said it.
+        contributors: Workers whose pushes of issuing_bin are in (barrier, quorum), or who have pushed since it began
+            (participation).
         waiting: Their answers, in order of seq, to be completed and sent when the bin closes.
         answered: Each worker's newest answer.
         refused: Each worker's latest refusals, for pushes that are sent again after newer ones were answered.
@@ -168,6 +187,8 @@ class Ledger:
     issuing_bin: int = 0
     labels_left: int = 0
     quota: int | None = None
+    place: int = 0
+    tokens: Mapping[str, int] = field(default_factory=dict)
     contributors: frozenset[str] = frozenset()
     waiting: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
     answered: Mapping[str, Answer] = field(default_factory=dict)
@@ -195,8 +216,17 @@ def decide_push(
     if push.problem is not None:
         return _settle(schedule, ledger, now, roster, push, contribution=None)
     quota = max(ledger.quota or 1, _quota(schedule, roster))
-    contribution = Contribution(bins_late=ledger.issuing_bin - push.base_bin, share=1 / quota)
-    return _settle(schedule, replace(ledger, quota=quota), now, roster, push, contribution=contribution)
+    ledger = _with_tokens(replace(ledger, quota=quota), roster, push)
+    bins_late = ledger.issuing_bin - push.base_bin
+    contribution = Contribution(
+        bins_late=bins_late,
+        share=_token_share(ledger, push, quota) * _late_part(schedule, bins_late),
+        bin=push.base_bin,
+        place=ledger.place,
+        quota=quota,
+    )
+    place = 0 if contribution.completes_turn else ledger.place + 1
+    return _settle(schedule, replace(ledger, place=place), now, roster, push, contribution=contribution)
 
 
 def decide_close(schedule: Schedule, ledger: Ledger, now: float, roster: Roster) -> tuple[Decision, Ledger] | None:
@@ -274,7 +304,7 @@ def _settle(
     )
     if contribution is not None:
         ledger = replace(ledger, open_bin=ledger.issuing_bin)
-    if schedule.kind is ScheduleKind.ASYNC:
+    if schedule.kind.answers_at_once:
         return _answer_at_once(schedule, ledger, roster, decision, answer)
     if answer.bins_late > 0:
         late = f"{answer.bins_late} bins late; applied in its own bin and answered at once"
@@ -294,7 +324,9 @@ def _answer_at_once(
 ) -> tuple[Decision, Ledger]:
     """Give the answer a label of the issuing bin, starting the next bin if this one's labels are used up."""
     opened_after = 0
-    if ledger.labels_left == 0:
+    if schedule.kind is ScheduleKind.PARTICIPATION:
+        ledger = replace(ledger, contributors=ledger.contributors | {answer.worker})
+    if _next_bin_starts(schedule, ledger, roster):
         quota = _quota(schedule, roster)
         issuing = ledger.issuing_bin + 1
         opened_after = issuing - ledger.open_bin if schedule.look_ahead else 0
@@ -304,8 +336,9 @@ def _answer_at_once(
             labels_left=quota,
             quota=quota,
             open_bin=ledger.open_bin + opened_after,
+            contributors=frozenset(),
         )
-    ledger = replace(ledger, labels_left=ledger.labels_left - 1)
+    ledger = replace(ledger, labels_left=max(0, ledger.labels_left - 1))
     answer = replace(answer, bin=ledger.issuing_bin)
     decision = replace(
         decision,
@@ -314,6 +347,40 @@ def _answer_at_once(
         reason=decision.reason or f"{answer.bins_late} bins late; answered at once with bin {answer.bin}",
     )
     return decision, _with_answers(ledger, (answer,))
+
+
+def _next_bin_starts(schedule: Schedule, ledger: Ledger, roster: Roster) -> bool:
+    """Whether the answer that is due now is the first to name the next bin."""
+    if schedule.kind is ScheduleKind.ASYNC:
+        return ledger.labels_left == 0
+    return roster.active <= ledger.contributors
+
+
+def _with_tokens(ledger: Ledger, roster: Roster, push: PushRequest) -> Ledger:
+    """Note what a push stands for, and forget it of those who left."""
+    if push.tokens is None and not ledger.tokens:
+        return ledger
+    counted = roster.active - {push.worker}
+    tokens = {worker: count for worker, count in ledger.tokens.items() if worker in counted}
+    if push.tokens is not None:
+        tokens[push.worker] = push.tokens
+    return replace(ledger, tokens=tokens)
+
+
+def _token_share(ledger: Ledger, push: PushRequest, quota: int) -> float:
+    """1 / quota, times the push's tokens over the mean of the workers' newest pushes; at most 1."""
+    if push.tokens is None:
+        return 1 / quota
+    if push.tokens == 0:
+        return 0.0
+    # One division of whole numbers, so that equal counts give the very number 1 / quota.
+    return min(1.0, push.tokens * len(ledger.tokens) / (sum(ledger.tokens.values()) * quota))
+
+
+def _late_part(schedule: Schedule, bins_late: int) -> float:
+    if schedule.late_bins is None or bins_late <= schedule.late_bins:
+        return 1.0
+    return schedule.late_bins / bins_late
 
 
 def _contribute(schedule: Schedule, ledger: Ledger, now: float, answer: Answer) -> Ledger:
@@ -337,7 +404,7 @@ def _contribute(schedule: Schedule, ledger: Ledger, now: float, answer: Answer) 
 
 def _close_reason(schedule: Schedule, ledger: Ledger, now: float, roster: Roster) -> str | None:
     """Why the issuing bin closes now, or None if it does not."""
-    if schedule.kind is ScheduleKind.ASYNC or not ledger.contributors:
+    if schedule.kind.answers_at_once or not ledger.contributors:
         return None
     count = len(ledger.contributors)
     if schedule.quota is not None and count >= schedule.quota:

@@ -10,15 +10,13 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
+from paceline_server.arrivals import ArrivalRecorder
 from paceline_server.config import ServerConfig
+from paceline_server.construction import build_shard, run_configuration
 from paceline_server.engine import Engine
-from paceline_server.journal import NoJournal
-from paceline_server.ledger import Schedule, ScheduleKind
-from paceline_server.membership import Membership
-from paceline_server.outer import OrderedMomentum
+from paceline_server.journal import Journal, NoJournal
 from paceline_server.service import ParameterServerService
-from paceline_server.shard import Shard
-from paceline_wire import codecs
+from paceline_server.stability_watch import StabilityWatch
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
@@ -60,7 +58,12 @@ class ShardServer:
         torch.set_num_threads(1)
         self._config = config
         self._index = index
-        self._engine = Engine(build_shard(config, index), NoJournal())
+        self._engine = Engine(
+            build_shard(config, index),
+            _journal(config, index),
+            send_momentum=config.exchange.own_weight == "predicted",
+            watch=StabilityWatch(config),
+        )
         self._shards: list[pb.Shard] = []
         self._service = ParameterServerService(
             self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
@@ -125,47 +128,11 @@ class ShardServer:
         reflection.enable_server_reflection(names, self._server)
 
 
-def build_shard(config: ServerConfig, index: int) -> Shard:
-    """The empty state of one of the configuration's shards."""
-    schedule = Schedule(
-        kind=ScheduleKind(config.schedule.kind),
-        quota=config.schedule.quota,
-        quorum=config.schedule.quorum,
-        look_ahead=config.look_ahead,
-    )
-    membership = Membership(
-        lease_s=config.schedule.lease_s,
-        inner_steps=config.exchange.inner_steps,
-        dynamic_inner_steps=config.exchange.dynamic_inner_steps,
-    )
-    rule = OrderedMomentum(lr=config.outer.lr, momentum=config.outer.momentum)
-    return Shard(index=index, num_shards=config.shards, rule=rule, schedule=schedule, membership=membership)
-
-
-def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
-    """What workers are told of the configuration."""
-    exchange = config.exchange
-    return pb.RunConfiguration(
-        outer=pb.OuterConfiguration(
-            rule=config.outer.rule,
-            lr=config.outer.lr,
-            momentum=config.outer.momentum,
-            look_ahead=config.look_ahead,
-        ),
-        schedule=pb.ScheduleConfiguration(
-            kind=pb.ScheduleKind.Value(f"SCHEDULE_KIND_{config.schedule.kind.upper()}"),
-            quota=config.schedule.quota,
-            quorum=config.schedule.quorum,
-        ),
-        exchange=pb.ExchangeConfiguration(
-            uplink=codecs.wire_value(codecs.codec(exchange.uplink)),
-            downlink=codecs.wire_value(codecs.codec(exchange.downlink)),
-            inner_steps=exchange.inner_steps,
-            dynamic_inner_steps=exchange.dynamic_inner_steps,
-            own_weight=exchange.own_weight,
-            window=exchange.window,
-        ),
-    )
+def _journal(config: ServerConfig, index: int) -> Journal:
+    path = config.storage.arrivals
+    if path is None:
+        return NoJournal()
+    return ArrivalRecorder(path if index == 0 else path.with_name(f"{path.name}.{index}"))
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

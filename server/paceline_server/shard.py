@@ -20,7 +20,9 @@ from paceline_server.ledger import (
     next_close_s,
 )
 from paceline_server.membership import Membership
-from paceline_server.outer import PLAIN_AVERAGE, OrderedMomentum
+from paceline_server.rules.base import OuterRule
+from paceline_server.rules.heloco import DirectionCorrection
+from paceline_server.rules.ordered_momentum import PLAIN_AVERAGE
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError, NotInitializedError
 from paceline_wire.manifest import Fragment, Manifest
 
@@ -61,10 +63,18 @@ class Shard:
         rule: The outer rule for parameters.
         schedule: When bins close and workers are answered.
         membership: The workers.
+        correction: What is done to pushes before the rule; None: nothing.
     """
 
     def __init__(
-        self, *, index: int, num_shards: int, rule: OrderedMomentum, schedule: Schedule, membership: Membership
+        self,
+        *,
+        index: int,
+        num_shards: int,
+        rule: OuterRule,
+        schedule: Schedule,
+        membership: Membership,
+        correction: DirectionCorrection | None = None,
     ) -> None:
         self.index = index
         self.num_shards = num_shards
@@ -75,6 +85,7 @@ class Shard:
         self.manifest: Manifest | None = None
         self.initialization_id = 0
         self._rule = rule
+        self._correction = correction
         self._fragments: dict[int, HostedFragment] = {}
         self._without_values: set[int] = set()
 
@@ -130,8 +141,13 @@ class Shard:
     def initialize_fragment(self, index: int, values: torch.Tensor) -> None:
         """Give a fragment its first parameters (float32 [n]; kept, not copied)."""
         fragment = self.plan_of(index)
-        rule = self._rule if fragment.role == "parameter" else PLAIN_AVERAGE
-        self._fragments[index].values = FragmentValues(values, rule)
+        trained = fragment.role == "parameter"
+        self._fragments[index].values = FragmentValues(
+            values,
+            self._rule if trained else PLAIN_AVERAGE,
+            correction=self._correction if trained else None,
+            tensor_bounds=[(part.fragment_start, part.fragment_start + part.length) for part in fragment.segments],
+        )
         self._without_values.discard(index)
 
     def plan_of(self, index: int) -> Fragment:
@@ -173,6 +189,21 @@ class Shard:
         if fragment.values is None:
             raise NotInitializedError(f"fragment {index} has no values yet; try again in a moment")
         return fragment, fragment.values
+
+    def push_elements(self, index: int) -> int:
+        """Elements in a push to a fragment: twice the fragment's where workers report their local momentum.
+
+        Raises:
+            NotInitializedError: No manifest has come yet.
+            InvalidInputError: The fragment does not live here.
+        """
+        plan = self.plan_of(index)
+        return plan.num_elements * (2 if self._rule.local_momentum and plan.role == "parameter" else 1)
+
+    def coefficients(self, index: int) -> tuple[float, float]:
+        """Outer learning rate and momentum coefficient of the bin that a fragment's answers name."""
+        issuing = self._fragments[index].ledger.issuing_bin
+        return self._rule.rates.lr(issuing), self._rule.rates.momentum(issuing)
 
     def roster(self) -> Roster:
         """Who counts at this moment."""

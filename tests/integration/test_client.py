@@ -15,7 +15,7 @@ from paceline_wire.errors import InvalidInputError, SupersededError, Unavailable
 
 SIZE = 2000
 CONFIG = {
-    "outer": {"lr": 1.0, "momentum": 0.0},
+    "outer": {"lr": 1.0, "momentum": 0.0, "late_bins": 1000},
     "schedule": {"quota": 1},
     "exchange": {"uplink": "int4", "downlink": "fp32", "fragment_elements": 256},
 }

@@ -257,7 +257,7 @@ numbers = st.one_of(st.integers(0, 3), st.sampled_from([255, 256, 1 << 31, (1 <<
 long_numbers = st.one_of(numbers, st.sampled_from([1 << 32, 1 << 63, BIGGEST]))
 payloads = st.builds(
     pb.Payload,
-    codec=st.sampled_from([0, 1, 2, 3, 4, 5]),
+    codec=st.sampled_from([0, 1, 2, 3, 4, 5, 6]),
     num_bytes=st.one_of(long_numbers, st.sampled_from([512, 260, 132, 1024])),
     crc32=st.one_of(st.none(), st.integers(0, (1 << 32) - 1)),
 )

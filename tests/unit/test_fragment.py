@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from paceline_server import fragment as fragment_module
 from paceline_server.fragment import PIECE_ELEMENTS, FragmentValues
 from paceline_server.ledger import Decision, Outcome
-from paceline_server.outer import PLAIN_AVERAGE, Contribution, OrderedMomentum
+from paceline_server.rules import Contribution, Rates
+from paceline_server.rules.ordered_momentum import PLAIN_AVERAGE, OrderedMomentum
 from paceline_wire import codecs
 from support_core import EXACT, assert_near, normal
 
-RULE = OrderedMomentum(lr=0.7, momentum=0.9)
+RULE = OrderedMomentum(rates=Rates(peak_lr=0.7, full_momentum=0.9))
 prop = settings(deadline=None, derandomize=True, max_examples=30)
 each_codec = pytest.mark.parametrize("name", codecs.CODEC_NAMES)
 
@@ -63,7 +64,7 @@ def test_pieces_give_the_same_bits_as_the_whole(
             patch.setattr(fragment_module, "PIECE_ELEMENTS", piece_elements)
             for decision, seed in history:
                 follow(values, decision, codec, seed)
-        ends.append((values.w, values.u))
+        ends.append((values.w, values.state["u"]))
     for w, u in ends[1:]:
         assert torch.equal(ends[0][0], w)
         assert torch.equal(ends[0][1], u)
@@ -75,7 +76,7 @@ def test_the_numbers_follow_in_the_order_that_a_decision_names(history: list[tup
     """Bins open first, the push enters then with its coefficients, and the last bins open after it."""
     values = FragmentValues(normal(5, 1), RULE)
     w, u = normal(5, 1).double(), torch.zeros(5, dtype=torch.float64)
-    beta = RULE.momentum
+    beta = RULE.rates.full_momentum
     for decision, seed in history:
         follow(values, decision, EXACT, seed)
         for _ in range(decision.bins_opened_before):
@@ -83,14 +84,14 @@ def test_the_numbers_follow_in_the_order_that_a_decision_names(history: list[tup
             w = w - u
         if decision.contribution is not None:
             late, g = decision.contribution.bins_late, normal(5, seed).double()
-            eta = RULE.lr * decision.contribution.share
+            eta = RULE.rates.peak_lr * decision.contribution.share
             u = u + eta * beta**late * g
             w = w - eta * sum(beta**power for power in range(late + 1)) * g
         for _ in range(decision.bins_opened_after):
             u = beta * u
             w = w - u
         assert_near(w, values.w)
-        assert_near(u, values.u)
+        assert_near(u, values.state["u"])
 
 
 def test_the_same_history_gives_the_same_bits() -> None:
@@ -100,7 +101,7 @@ def test_the_same_history_gives_the_same_bits() -> None:
         values = FragmentValues(normal(1000, 1), RULE)
         for seed in range(20):
             follow(values, applied(seed % 2, seed % 3 == 0, seed % 4), codecs.codec("int4"), seed)
-        ends.append((values.w, values.u))
+        ends.append((values.w, values.state["u"]))
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.equal(ends[0][1], ends[1][1])
 
@@ -109,10 +110,10 @@ def test_nothing_to_do_changes_nothing() -> None:
     """A duplicate or an early answer leaves w and u as they are."""
     values = FragmentValues(normal(300, 1), RULE)
     follow(values, applied(0, 0, 0), EXACT, 2)
-    w, u = values.w.clone(), values.u.clone()
+    w, u = values.w.clone(), values.state["u"].clone()
     values.follow(Decision(outcome=Outcome.DUPLICATE, reason="seen before"))
     assert torch.equal(w, values.w)
-    assert torch.equal(u, values.u)
+    assert torch.equal(u, values.state["u"])
 
 
 @each_codec

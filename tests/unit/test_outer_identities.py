@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline_server.ledger import Schedule, ScheduleKind
-from paceline_server.outer import Contribution, OrderedMomentum
+from paceline_server.rules import Contribution, Numbers, Rates
+from paceline_server.rules.ordered_momentum import OrderedMomentum
 from support_core import ASYNC, BARRIER, QUORUM, PlayedFragment, assert_near, names, normal, only_answer
 
 SIZE = 3
@@ -267,13 +268,14 @@ def test_a_barrier_that_looks_ahead_is_nesterov(num_workers: int, lr: float, bet
 @pytest.mark.parametrize("bins_late", [0, 1, 5, 40])
 def test_a_gradient_moves_w_by_the_same_in_the_end_however_late(beta: float, bins_late: int) -> None:
     """The final displacement is eta / (1 - beta) for every lateness, and what is not made at once is in u."""
-    rule, g = OrderedMomentum(lr=0.7, momentum=beta), normal(SIZE, 1)
-    w, u = torch.zeros(SIZE), torch.zeros(SIZE)
-    rule.apply(w, u, g.clone(), Contribution(bins_late=bins_late, share=0.25))
+    rule, g = OrderedMomentum(rates=Rates(peak_lr=0.7, full_momentum=beta)), normal(SIZE, 1)
+    w = torch.zeros(SIZE)
+    numbers = Numbers(w=w, state={"u": torch.zeros(SIZE)})
+    rule.apply(numbers, g.clone(), Contribution(bins_late=bins_late, share=0.25))
     eta = 0.7 * 0.25
     assert_near(-eta * (1 - beta ** (bins_late + 1)) / (1 - beta) * g.double(), w)
     for _ in range(400):
-        rule.open_bin(w, u)
+        rule.open_bin(numbers, bins_late + 1)
     assert_near(-eta / (1 - beta) * g.double(), w)
 
 

@@ -99,6 +99,7 @@ class StatusResponse(_message.Message):
     BINS_LATE_TOTAL_FIELD_NUMBER: _builtins.int
     UPTIME_MS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     shard_index: _builtins.int
     """The index of the shard."""
     initialized: _builtins.bool
@@ -129,6 +130,10 @@ class StatusResponse(_message.Message):
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberStatus]:
         """The active workers."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the operator should know, in sentences; empty if all is well."""
+
     def __init__(
         self,
         *,
@@ -146,10 +151,11 @@ class StatusResponse(_message.Message):
         bins_late_total: _builtins.int = ...,
         uptime_ms: _builtins.int = ...,
         members: _abc.Iterable[Global___MemberStatus] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_refused", b"pushes_refused", "shard_index", b"shard_index", "uptime_ms", b"uptime_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_refused", b"pushes_refused", "shard_index", b"shard_index", "uptime_ms", b"uptime_ms", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,8 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     """Blocks of 256 elements: a binary32 scale and 256 signed 4-bit integers."""
     CODEC_FP4: _Codec.ValueType  # 5
     """Blocks of 256 elements: a binary32 scale and 256 4-bit floats with sign and 3-bit exponent (E3M0)."""
+    CODEC_TOPK: _Codec.ValueType  # 6
+    """Blocks of 4096 elements: the 64 largest, their places and values of 2 bits. Pushes only."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
     """How the numbers of one fragment are written as bytes. The layouts are specified in paceline_wire/codecs."""
@@ -59,6 +61,8 @@ CODEC_INT4: Codec.ValueType  # 4
 """Blocks of 256 elements: a binary32 scale and 256 signed 4-bit integers."""
 CODEC_FP4: Codec.ValueType  # 5
 """Blocks of 256 elements: a binary32 scale and 256 4-bit floats with sign and 3-bit exponent (E3M0)."""
+CODEC_TOPK: Codec.ValueType  # 6
+"""Blocks of 4096 elements: the 64 largest, their places and values of 2 bits. Pushes only."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 class _Dtype:
@@ -127,6 +131,8 @@ class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule
     """Pushes are answered when a quorum has contributed and the grace window has passed."""
     SCHEDULE_KIND_BARRIER: _ScheduleKind.ValueType  # 3
     """Pushes are answered when every active worker has contributed."""
+    SCHEDULE_KIND_PARTICIPATION: _ScheduleKind.ValueType  # 4
+    """Every push is answered at once; a bin closes when every active worker has contributed to it."""
 
 class ScheduleKind(_ScheduleKind, metaclass=_ScheduleKindEnumTypeWrapper):
     """When bins close and when workers are answered."""
@@ -139,6 +145,8 @@ SCHEDULE_KIND_QUORUM: ScheduleKind.ValueType  # 2
 """Pushes are answered when a quorum has contributed and the grace window has passed."""
 SCHEDULE_KIND_BARRIER: ScheduleKind.ValueType  # 3
 """Pushes are answered when every active worker has contributed."""
+SCHEDULE_KIND_PARTICIPATION: ScheduleKind.ValueType  # 4
+"""Every push is answered at once; a bin closes when every active worker has contributed to it."""
 Global___ScheduleKind: _TypeAlias = ScheduleKind  # noqa: Y015
 
 @_typing.final
@@ -217,6 +225,7 @@ class OuterConfiguration(_message.Message):
     LR_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
     LOOK_AHEAD_FIELD_NUMBER: _builtins.int
+    LOCAL_MOMENTUM_FIELD_NUMBER: _builtins.int
     rule: _builtins.str
     """Name of the outer rule, such as "ormo"."""
     lr: _builtins.float
@@ -227,6 +236,10 @@ class OuterConfiguration(_message.Message):
     """True when the next bin opens before the reply that first names it, so that replies look ahead along the momentum
     (Nesterov); false when it opens after that reply (Polyak).
     """
+    local_momentum: _builtins.bool
+    """True when the rule orders the workers' local momentum too: a push to a fragment of ROLE_PARAMETER then encodes twice
+    the fragment's elements, the outer gradient and after it the local momentum.
+    """
     def __init__(
         self,
         *,
@@ -234,10 +247,11 @@ class OuterConfiguration(_message.Message):
         lr: _builtins.float = ...,
         momentum: _builtins.float = ...,
         look_ahead: _builtins.bool = ...,
+        local_momentum: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["look_ahead", b"look_ahead", "lr", b"lr", "momentum", b"momentum", "rule", b"rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_momentum", b"local_momentum", "look_ahead", b"look_ahead", "lr", b"lr", "momentum", b"momentum", "rule", b"rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -301,7 +315,10 @@ class ExchangeConfiguration(_message.Message):
     dynamic_inner_steps: _builtins.bool
     """True when slower workers are given fewer inner steps, in proportion to their speed."""
     own_weight: _builtins.str
-    """Weight of a worker's own contribution in its estimate of what is in flight: "1/M", "1" or "local"."""
+    """Weight of a worker's own contribution in its estimate of what is in flight: "1/M", "1", "local" or "predicted". With
+    "predicted", an update of a fragment of ROLE_PARAMETER encodes twice the fragment's elements, the values and after
+    them the momentum that the next bin starts from.
+    """
     window: _builtins.int
     """Rounds that a worker may have in flight before it waits."""
     def __init__(
@@ -932,6 +949,7 @@ class Push(_message.Message):
     BASE_BIN_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     INNER_STEP_US_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment in the plan; MUST live on this shard."""
     seq: _builtins.int
@@ -940,6 +958,10 @@ class Push(_message.Message):
     """The bin of the newest values that the worker held: what its last update or fetch of this fragment said."""
     inner_step_us: _builtins.int
     """Mean duration of the worker's recent inner steps in microseconds. Absent: not known."""
+    tokens: _builtins.int
+    """Tokens or samples that the outer gradient stands for; its share of the learning rate grows with them. Absent: as many
+    as the others' mean.
+    """
     @_builtins.property
     def payload(self) -> Global___Payload:
         """The outer gradient."""
@@ -952,14 +974,20 @@ class Push(_message.Message):
         base_bin: _builtins.int = ...,
         payload: Global___Payload | None = ...,
         inner_step_us: _builtins.int | None = ...,
+        tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "inner_step_us", b"inner_step_us", "payload", b"payload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "inner_step_us", b"inner_step_us", "payload", b"payload", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "base_bin", b"base_bin", "fragment", b"fragment", "inner_step_us", b"inner_step_us", "payload", b"payload", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "base_bin", b"base_bin", "fragment", b"fragment", "inner_step_us", b"inner_step_us", "payload", b"payload", "seq", b"seq", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__inner_step_us: _TypeAlias = _typing.Literal["inner_step_us"]  # noqa: Y015
     _WhichOneofArgType__inner_step_us: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us"]  # noqa: Y015
+    _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
+    _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_step_us) -> _WhichOneofReturnType__inner_step_us | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
 
 Global___Push: _TypeAlias = Push  # noqa: Y015
 
@@ -1013,6 +1041,8 @@ class Update(_message.Message):
     INNER_STEPS_FIELD_NUMBER: _builtins.int
     QUOTA_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment."""
     seq: _builtins.int
@@ -1027,6 +1057,10 @@ class Update(_message.Message):
     """Inner steps that this worker should do in its next round."""
     quota: _builtins.int
     """Pushes that share the learning rate in the open bin."""
+    lr: _builtins.float
+    """Learning rate of the mean outer gradient in that bin, as the run's outer schedule has it now."""
+    momentum: _builtins.float
+    """Momentum coefficient in that bin."""
     @_builtins.property
     def payload(self) -> Global___Payload:
         """The values."""
@@ -1042,10 +1076,12 @@ class Update(_message.Message):
         inner_steps: _builtins.int = ...,
         quota: _builtins.int = ...,
         payload: Global___Payload | None = ...,
+        lr: _builtins.float = ...,
+        momentum: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "payload", b"payload", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "bin", b"bin", "bins_late", b"bins_late", "fragment", b"fragment", "inner_steps", b"inner_steps", "payload", b"payload", "quota", b"quota", "refusal", b"refusal", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "bin", b"bin", "bins_late", b"bins_late", "fragment", b"fragment", "inner_steps", b"inner_steps", "lr", b"lr", "momentum", b"momentum", "payload", b"payload", "quota", b"quota", "refusal", b"refusal", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: _TypeAlias = _typing.Literal["refusal"]  # noqa: Y015
     _WhichOneofArgType__refusal: _TypeAlias = _typing.Literal["_refusal", b"_refusal"]  # noqa: Y015

@@ -1,0 +1,81 @@
+"""From a configuration to the empty state of a shard, and to what workers are told of it."""
+
+from paceline_server.config import ServerConfig
+from paceline_server.ledger import Schedule, ScheduleKind
+from paceline_server.membership import Membership
+from paceline_server.rules.base import RuleSettings
+from paceline_server.rules.heloco import DirectionCorrection
+from paceline_server.rules.rates import Decay, Rates
+from paceline_server.rules.registry import outer_rule
+from paceline_server.shard import Shard
+from paceline_wire import codecs
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+
+def build_shard(config: ServerConfig, index: int) -> Shard:
+    """Return the empty state of one of the configuration's shards.
+
+    Raises:
+        ConfigurationError: The outer rule cannot be had; the text says why.
+    """
+    return Shard(
+        index=index,
+        num_shards=config.shards,
+        rule=outer_rule(
+            config.outer.rule, RuleSettings(rates=rates_of(config), inner_steps=config.exchange.inner_steps)
+        ),
+        schedule=Schedule(
+            kind=ScheduleKind(config.schedule.kind),
+            quota=config.schedule.quota,
+            quorum=config.schedule.quorum,
+            look_ahead=config.look_ahead,
+            late_bins=config.outer.late_bins,
+        ),
+        membership=Membership(
+            lease_s=config.schedule.lease_s,
+            inner_steps=config.exchange.inner_steps,
+            dynamic_inner_steps=config.exchange.dynamic_inner_steps,
+        ),
+        correction=DirectionCorrection() if config.outer.correction == "heloco" else None,
+    )
+
+
+def rates_of(config: ServerConfig) -> Rates:
+    """Return the outer learning rate and momentum coefficient by bin."""
+    outer = config.outer
+    return Rates(
+        peak_lr=outer.lr,
+        full_momentum=outer.momentum,
+        decay=Decay(outer.lr_decay),
+        warmup_bins=outer.lr_warmup_bins,
+        momentum_warmup_bins=outer.momentum_warmup_bins,
+        total_bins=outer.total_bins or 1,
+        final_share=outer.final_lr_share,
+    )
+
+
+def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
+    """What workers are told of the configuration."""
+    exchange = config.exchange
+    return pb.RunConfiguration(
+        outer=pb.OuterConfiguration(
+            rule=config.outer.rule,
+            lr=config.outer.lr,
+            momentum=config.outer.momentum,
+            look_ahead=config.look_ahead,
+            local_momentum=config.outer.rule == "orlomo",
+        ),
+        schedule=pb.ScheduleConfiguration(
+            kind=pb.ScheduleKind.Value(f"SCHEDULE_KIND_{config.schedule.kind.upper()}"),
+            quota=config.schedule.quota,
+            quorum=config.schedule.quorum,
+        ),
+        exchange=pb.ExchangeConfiguration(
+            uplink=codecs.wire_value(codecs.codec(exchange.uplink)),
+            downlink=codecs.wire_value(codecs.codec(exchange.downlink)),
+            inner_steps=exchange.inner_steps,
+            dynamic_inner_steps=exchange.dynamic_inner_steps,
+            own_weight=exchange.own_weight,
+            window=exchange.window,
+        ),
+    )
