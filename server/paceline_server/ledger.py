@@ -19,9 +19,10 @@ Rules:
 6. A refused push counts as its worker's contribution, so that nobody waits for a worker whose numbers went bad.
 7. A push enters with 1 / quota of the learning rate. Without a set quota that is the workers active when the bin began,
    or as many as there have been since: those who join during a bin push to it too.
-8. Where pushes say how many tokens they stand for, the share grows with them: a push of as many as the workers' mean has
-   1 / quota, one of none has nothing. Of a push more than `late_bins` late only the part late_bins / bins_late enters, since an ordered push moves the parameters by
-   nearly eta / (1 - beta) at once, however old the parameters are that it was computed at.
+8. Where pushes say how many tokens they stand for, the share grows with them: a push of as many as the workers' mean
+   has 1 / quota, one of none has nothing. Of a push more than `late_bins` late only the part late_bins / bins_late
+   enters, since an ordered push moves the parameters by nearly eta / (1 - beta) at once, however old the parameters are
+   that it was computed at.
 9. Participation: every push is answered at once, as in 3, but the next bin starts when all active workers have pushed
    since this one did.
 """
