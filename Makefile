@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto bench-exchange clean
+.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-stability bench-real clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -29,6 +29,17 @@ proto: $(VENV)/.dev
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
+
+# Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
+bench-convergence: $(VENV)/.dev
+	$(BIN)/python benchmarks/convergence.py $(BENCH_FLAGS)
+
+# The papers' settings through real processes and sockets, beside the simulator.
+bench-real: $(VENV)/.dev
+	$(BIN)/python benchmarks/real.py $(BENCH_FLAGS)
+
+bench-stability: $(VENV)/.dev
+	$(BIN)/python benchmarks/stability.py $(BENCH_FLAGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

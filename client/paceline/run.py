@@ -279,8 +279,8 @@ def join(
             return None
         if inner_steps not in (None, asked):
             raise InvalidInputError(
-                f"inner_steps is {inner_steps}; this run's outer rule orders the workers' momentum, which decays by the "
-                f"{asked} inner steps of every worker's round: leave it out"
+                f"inner_steps is {inner_steps}; this run's outer rule orders the workers' momentum, which decays by "
+                f"the {asked} inner steps of every worker's round: leave it out"
             )
         return LocalMomentum(optimizer, parameters, outer.momentum)
 

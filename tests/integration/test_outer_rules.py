@@ -20,7 +20,7 @@ from paceline_server.rules import Rates, RuleSettings
 from paceline_server.rules.registry import outer_rule
 from paceline_server.settings import config_from_mapping
 from paceline_wire import codecs
-from paceline_wire.errors import ConfigurationError
+from paceline_wire.errors import ConfigurationError, PushRefusedError
 from support_core import EXACT, normal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -76,7 +76,7 @@ async def test_every_rule_serves_by_its_name(rule: str) -> None:
             for number, g in enumerate(gradients):
                 local = None if momenta is None else {"x": momenta[number]}
                 base = await client.exchange({"x": g}, base, local_momentum=local)
-    assert torch.equal(flat(base.tensors), expected(rule, gradients, momenta))
+    assert torch.equal(flat(base.tensors).float(), expected(rule, gradients, momenta))
 
 
 async def test_a_users_rule_is_served_from_a_dotted_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +84,10 @@ async def test_a_users_rule_is_served_from_a_dotted_path(monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with paceline_server.local(config("outer_rule:SignMomentum")) as address:
-        async with paceline.connect(address) as client:
+        async with paceline.connect(address, worker_id="a") as client:
             await client.initialize({"x": torch.zeros(SIZE)})
             base = await client.exchange({"x": normal(SIZE, 1)}, await client.fetch())
-    assert torch.allclose(flat(base.tensors), -LR / 2 * normal(SIZE, 1).sign())
+    assert torch.allclose(flat(base.tensors).float(), -LR / 2 * normal(SIZE, 1).sign())
 
 
 def test_an_installed_packages_rule_goes_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,12 +142,11 @@ async def test_arrivals_are_written_down_in_order(tmp_path: Path) -> None:
             base = await client.fetch()
             for number in range(3):
                 base = await client.exchange({"x": normal(SIZE, number)}, base)
-            with pytest.raises(paceline.PushRefusedError):
+            with pytest.raises(PushRefusedError):
                 await client.exchange({"x": torch.full((SIZE,), float("nan"))}, base)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["worker"], line["fragment"], line["seq"]) for line in lines] == [
-        ("a", 0, seq) for seq in (1, 2, 3, 4)
-    ]
+    assert {(line["worker"], line["fragment"]) for line in lines} == {("a", 0)}
+    assert [line["seq"] for line in lines] == [1, 2, 3, 4]
     assert [line["outcome"] for line in lines] == ["applied"] * 3 + ["refused"]
     assert [line["base_bin"] for line in lines] == [0, 1, 1, 2]
     assert sorted(line["time_s"] for line in lines) == [line["time_s"] for line in lines]
@@ -169,9 +168,9 @@ def test_a_record_that_cannot_be_written_ends_serve_at_start(tmp_path: Path) -> 
 
 
 def test_the_server_warns_of_settings_that_may_blow_up() -> None:
-    """0.7 with momentum 0.95 is outside of the region for what the server sees; `paceline status` says so."""
+    """A rate of 5 is outside of the region for what the server sees; `paceline status` says so."""
     parameter = torch.nn.Linear(2, 2, bias=False)
-    with paceline_server.local(config("ormo", lr=0.9, momentum=0.95)) as address:
+    with paceline_server.local(config("ormo", lr=5.0)) as address:
         optimizer = torch.optim.SGD(parameter.parameters(), lr=1e-3)
         with paceline.join(address, parameter, optimizer, inner_steps=1, overlap="blocking"):
             for _ in range(70):
@@ -180,6 +179,6 @@ def test_the_server_warns_of_settings_that_may_blow_up() -> None:
         command = [str(Path(sys.executable).with_name("paceline")), "status", address]
         told = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
         told_json = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=100, check=True).stdout
-    assert "warning: lr 0.9 with momentum 0.95 may blow up" in told
+    assert "warning: lr 5 with momentum 0.6 may blow up" in told
     (warning,) = json.loads(told_json)["shards"][0]["warnings"]
     assert "may blow up" in warning
