@@ -18,7 +18,7 @@ from paceline.demo.data import is_held_out, library_files
 Part = Literal["validation", "test"]
 """What is evaluated on: settings are chosen on the one, and results reported on the other."""
 
-FASHION_MNIST_VARIABLE = "PACELINE_FASHION_MNIST"
+FASHION_MNIST_VARIABLE = "FASHION_MNIST_DIR"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 NUM_VALIDATION_IMAGES = 5_000
 """The last of the 60,000 training images; they are in no order."""
@@ -121,7 +121,7 @@ def load_fashion_mnist(folder: Path | None = None) -> Images:
     """Read Fashion-MNIST: 55,000 training, 5,000 validation and 10,000 test images of 784 pixels.
 
     Args:
-        folder: Where its four `*.gz` files are; left out, the folder that the variable PACELINE_FASHION_MNIST names, or
+        folder: Where its four `*.gz` files are; left out, the folder that the variable FASHION_MNIST_DIR names, or
             else the one of Debian's package.
 
     Raises:

@@ -14,6 +14,8 @@ LOOK_AHEAD = {"outer.publish": "look-ahead"}
 
 ORMO_GRADIENTS = 3200
 ORMO_WORKERS = (4, 16, 64)
+ORMO_STEPS = (0.25, 0.6, 1.5, 3.5)
+"""Final displacements by a bin's mean gradient that are tried, lr / (1 - momentum)."""
 
 
 def _scaled(steps: Sequence[float], momenta: Sequence[float]) -> tuple[Settings, ...]:
@@ -34,7 +36,7 @@ def _ormo_methods(gradients: int, num_workers: int) -> dict[str, tuple[Mapping[s
         "schedule.quota": num_workers,
         "outer.late_bins": 1 << 40,
     }
-    with_momentum = _scaled((0.25, 0.6, 1.5, 3.5), (0.5, 0.9))
+    with_momentum = _scaled(ORMO_STEPS, (0.5, 0.9))
     without = _scaled((0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.3, 3.5), (0.0,))
     barrier = {**EXACT, **decay, "schedule.kind": "barrier", "outer.publish": "polyak"}
     return {
@@ -45,6 +47,35 @@ def _ormo_methods(gradients: int, num_workers: int) -> dict[str, tuple[Mapping[s
         "OrMo": ({**asynchronous, "outer.rule": "ormo"}, with_momentum),
         "OrMo-DA": ({**asynchronous, "outer.rule": "ormo-da", "outer.late_bins": 2}, with_momentum),
     }
+
+
+SYNCHRONOUS_BIN_S = {4: (1.33, 9.95), 16: (1.63, 13.4), 64: (1.96, 16.4)}
+"""Mean virtual time in which all K workers have made one gradient, as simulated: alike, and a quarter 10 times slower."""
+
+
+def _synchronous_in_equal_time(gradients: int, fleet: Fleet, points: tuple[Settings, ...], cell: str) -> Arm:
+    """Synchronous momentum for as long as asynchronous workers take, its rate falling over the bins it has time for."""
+    num_workers = len(fleet.slowness)
+    time_s = gradients / sum(1 / slowness for slowness in fleet.slowness)
+    bin_s = SYNCHRONOUS_BIN_S[num_workers][max(fleet.slowness) > 1]
+    server = {
+        **EXACT,
+        "schedule.kind": "barrier",
+        "outer.publish": "polyak",
+        "outer.lr_decay": "step",
+        "outer.total_bins": max(1, round(time_s / bin_s)),
+        "exchange.inner_steps": 1,
+        "exchange.dynamic_inner_steps": False,
+    }
+    trial = Trial(
+        task=TaskSpec(kind="images", inner="sgd", inner_lr=1.0),
+        fleet=fleet,
+        server=_settings(server),
+        overlap="blocking",
+        until_s=time_s,
+        points=10,
+    )
+    return Arm(cell=cell, name="synchronous momentum, equal time", trial=trial, grid=points)
 
 
 def ormo(gradients: int = ORMO_GRADIENTS, workers: Sequence[int] = ORMO_WORKERS) -> Experiment:
@@ -64,6 +95,8 @@ def ormo(gradients: int = ORMO_GRADIENTS, workers: Sequence[int] = ORMO_WORKERS)
                     points=10,
                 )
                 arms.append(Arm(cell=f"K = {num_workers}, {label}", name=name, trial=trial, grid=points))
+            points = _scaled(ORMO_STEPS, (0.5, 0.9))
+            arms.append(_synchronous_in_equal_time(gradients, fleet, points, f"K = {num_workers}, {label}"))
     return Experiment(name="ormo", title="OrMo's setting", arms=tuple(arms), seeds=(0, 1, 2, 3))
 
 
@@ -220,10 +253,10 @@ def _frontier_methods(num_workers: int) -> dict[str, tuple[Literal["eager", "blo
     }
     for rule in ("ormo-da", "sgd", "momentum", "nesterov", "delayed-nesterov", "mla", "smega2"):
         methods[f"async {rule}, overlap 1"] = ("eager", _schedule("async") | {"outer.rule": rule} | LOOK_AHEAD)
-    methods["async mla + HeLoCo, overlap 1"] = (
-        "eager",
-        _schedule("async") | {"outer.rule": "mla", "outer.correction": "heloco"},
-    )
+    heloco = _schedule("async") | {"outer.correction": "heloco"}
+    methods["async mla + HeLoCo, overlap 1"] = ("eager", heloco | {"outer.rule": "mla"})
+    methods["async OrMo (Polyak) + HeLoCo, overlap 1"] = ("eager", heloco | own)
+    methods["async OrMo (Polyak) + HeLoCo, window 2, overlap 1"] = ("eager", heloco | own | {"exchange.window": 2})
     return methods
 
 
@@ -323,30 +356,34 @@ LATE_BINS = {"whole": 1 << 40, "from 16 bins": 16, "from 8 bins": 8, "from 4 bin
 
 
 def late(time_s: float = FRONTIER_TIME) -> Experiment:
-    """One of four workers stalls with a push on its way and comes back late: what each treatment costs."""
+    """A worker stalls with a push on its way and comes back late: what each treatment costs."""
     arms = []
-    for momentum in (0.5, 0.9):
-        for away in (0.0, 100.0, 380.0):
-            absences = ((3, 205.0, 205.0 + away, "stall"),) if away else ()
-            for name, late_bins in LATE_BINS.items():
-                server = {
-                    **EXACT,
-                    **LOOK_AHEAD,
-                    "schedule.kind": "async",
-                    "schedule.quota": 4,
-                    "exchange.inner_steps": 10,
-                    "outer.late_bins": late_bins,
-                }
-                trial = Trial(
-                    task=TaskSpec(kind="text"),
-                    fleet=Fleet(slowness=(1.0,) * 4, jitter=0.2, delay=1.0, absences=absences),
-                    server=_settings(server),
-                    until_s=time_s,
-                    points=60,
-                )
-                cell = f"momentum {momentum}, away for {round(away / 10)} rounds"
-                points = grid(outer__lr=(0.7,), outer__momentum=(momentum,))
-                arms.append(Arm(cell=cell, name=name, trial=trial, grid=points))
+    for num_workers, momentum, away in (
+        *((4, momentum, away) for momentum in (0.5, 0.9) for away in (0.0, 100.0, 380.0)),
+        *((2, momentum, away) for momentum in (0.5, 0.9) for away in (0.0, 380.0)),
+    ):
+        absences = ((num_workers - 1, 205.0, 205.0 + away, "stall"),) if away else ()
+        for name, late_bins in LATE_BINS.items():
+            server = {
+                **EXACT,
+                **LOOK_AHEAD,
+                "schedule.kind": "async",
+                "schedule.quota": num_workers,
+                "exchange.inner_steps": 10,
+                "outer.late_bins": late_bins,
+            }
+            trial = Trial(
+                task=TaskSpec(kind="text"),
+                fleet=Fleet(slowness=(1.0,) * num_workers, jitter=0.2, delay=1.0, absences=absences),
+                server=_settings(server),
+                until_s=time_s,
+                points=60,
+            )
+            length = f"away for {round(away / 10)} rounds" if away else "never away"
+            points = grid(outer__lr=(0.7,), outer__momentum=(momentum,))
+            arms.append(
+                Arm(cell=f"M = {num_workers}, momentum {momentum}, {length}", name=name, trial=trial, grid=points)
+            )
     return Experiment(name="late", title="A worker that comes back late", arms=tuple(arms))
 
 

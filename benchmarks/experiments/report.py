@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ def bars(tuned: Sequence[Tuned], cells: Sequence[str], measure: Measure, path: P
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, height * rows), squeeze=False, sharey=True)
     for axis, cell in zip(axes.flat, cells, strict=False):
         _panel(axis, [result for result in tuned if result.arm.cell == cell], names_of(tuned), measure)
-        axis.set_title(cell, fontsize=9)
+        axis.set_title(textwrap.fill(cell, 42), fontsize=9)
         axis.set_xlabel(label, fontsize=8)
     for axis in axes.flat[len(cells) :]:
         axis.set_visible(False)

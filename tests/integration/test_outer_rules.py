@@ -182,3 +182,10 @@ def test_the_server_warns_of_settings_that_may_blow_up() -> None:
     assert "warning: lr 5 with momentum 0.6 may blow up" in told
     (warning,) = json.loads(told_json)["shards"][0]["warnings"]
     assert "may blow up" in warning
+
+
+def test_the_page_shows_the_example_as_it_is() -> None:
+    """docs/rules.md has the rule of examples/outer_rule.py word for word."""
+    source = (EXAMPLES / "outer_rule.py").read_text(encoding="utf-8")
+    code = source[source.index("from dataclasses") :]
+    assert f"```python\n{code}```\n" in (EXAMPLES.parent / "docs" / "rules.md").read_text(encoding="utf-8")

@@ -429,7 +429,7 @@ def test_fashion_mnist_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_missing_fashion_mnist(tmp_path: Path) -> None:
     """The message names the package and the variable."""
-    with pytest.raises(FileNotFoundError, match=r"dataset-fashion-mnist.*PACELINE_FASHION_MNIST"):
+    with pytest.raises(FileNotFoundError, match=r"dataset-fashion-mnist.*FASHION_MNIST_DIR"):
         load_fashion_mnist(tmp_path)
 
 

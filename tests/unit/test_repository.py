@@ -93,7 +93,7 @@ def test_examples_are_short_and_compile(example: Path) -> None:
     """An example is Python, says at its top how to run it, and is short enough to be read at once."""
     source = example.read_text(encoding="utf-8")
     compile(source, str(example), "exec")
-    assert f"python {name_of(example)} --address" in source
+    assert f"python {name_of(example)} --address" in source or "paceline serve" in source
     assert len(source.splitlines()) < 100
 
 
