@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -27,7 +28,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def main() -> None:
     """Run what the command line asks for."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.experiments if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
     torch.set_num_threads(1)
     chosen = {
         name: (SMALL if arguments.small else EXPERIMENTS)[name]() for name in arguments.experiments or EXPERIMENTS
@@ -40,21 +45,20 @@ def main() -> None:
             continue
         results[name] = campaign.tune()
         print(f"{name}: {campaign.cpu_s / 3600:.2f} processor hours of outcomes", file=sys.stderr)
+    summary = {"machine": _machine(), "experiments": {name: _summary(found) for name, found in results.items()}}
     if arguments.json:
-        print(
-            json.dumps(
-                {"machine": _machine(), "experiments": {name: _summary(found) for name, found in results.items()}}
-            )
-        )
-    if arguments.small or arguments.experiments:
+        print(json.dumps(summary))
+    else:
         _print(chosen, results)
     if not arguments.small:
         write_pages(DOCS, results)
+        if not arguments.experiments:
+            (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="which; left out: all")
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"any of {', '.join(EXPERIMENTS)}; left out: all")
     parser.add_argument("--report", action="store_true", help="play nothing; write tables and plots from what is kept")
     parser.add_argument("--small", action="store_true", help="a version of a few minutes")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
@@ -66,8 +70,8 @@ def _print(chosen: dict[str, Experiment], results: dict[str, list[Tuned]]) -> No
     for name, tuned in results.items():
         print(f"\n## {chosen[name].title}\n")
         for cell in cells_of(tuned):
-            print(table(tuned, [cell], lambda outcome: outcome.loss), file=sys.stderr)
-        print(settings_table(tuned, cells_of(tuned)), file=sys.stderr)
+            print(table(tuned, [cell], lambda outcome: outcome.loss))
+        print(settings_table(tuned, cells_of(tuned)))
 
 
 def _summary(tuned: list[Tuned]) -> list[dict[str, object]]:
@@ -88,6 +92,7 @@ def _summary(tuned: list[Tuned]) -> list[dict[str, object]]:
 
 def _machine() -> dict[str, object]:
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -50,7 +50,7 @@ def _ormo_methods(gradients: int, num_workers: int) -> dict[str, tuple[Mapping[s
 
 
 SYNCHRONOUS_BIN_S = {4: (1.33, 9.95), 16: (1.63, 13.4), 64: (1.96, 16.4)}
-"""Mean virtual time in which all K workers have made one gradient, as simulated: alike, and a quarter 10 times slower."""
+"""Mean virtual time until all K workers have made a gradient, as simulated: alike, and a quarter 10 times slower."""
 
 
 def _synchronous_in_equal_time(gradients: int, fleet: Fleet, points: tuple[Settings, ...], cell: str) -> Arm:

@@ -1,7 +1,9 @@
 """Simulated runs: the same numbers as the algorithms on paper, in an order that virtual time decides."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,3 +427,11 @@ def test_equal_tokens_weigh_alike() -> None:
         for weigh in (True, False)
     )
     assert torch.equal(said.parameters["x"], unsaid.parameters["x"])
+
+
+def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Python of docs/simulation.md runs as it stands, and its model learns."""
+    page = Path(__file__).parents[2] / "docs" / "simulation.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, str(page), "exec"), {})  # noqa: S102  # our own page
+    assert float(capsys.readouterr().out.split("'loss': ")[1].split("}")[0]) < 0.1
