@@ -58,7 +58,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="NAME", help=f"any of {', '.join(EXPERIMENTS)}; left out: all")
+    names = f"any of {', '.join(EXPERIMENTS)}; left out: all"
+    parser.add_argument("experiments", nargs="*", metavar="NAME", help=names)
     parser.add_argument("--report", action="store_true", help="play nothing; write tables and plots from what is kept")
     parser.add_argument("--small", action="store_true", help="a version of a few minutes")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")

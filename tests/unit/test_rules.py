@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from paceline_server import fragment as fragment_module
 from paceline_server.fragment import FragmentValues
-from paceline_server.ledger import Decision, Outcome, Schedule
+from paceline_server.ledger import Decision, Ledger, Outcome, Schedule
 from paceline_server.rules import Contribution, Numbers, Rates, RuleSettings
 from paceline_server.rules.ordered_momentum import OrderedMomentum
 from paceline_server.rules.registry import RULES, outer_rule
@@ -189,17 +189,11 @@ def test_a_very_late_push_moves_the_parameters_little(late_bins: int, beta: floa
     """At most eta / (1 - beta) min(1, late_bins / d) of it at once, and no more in the end."""
     rule = OrderedMomentum(rates=Rates(peak_lr=0.7, full_momentum=beta))
     played = asynchronous(rule, 1, late_bins=late_bins)
-    a, late = "worker-0", "worker-late"
-    nothing, base = torch.zeros(SIZE), 0
-    for seq in range(1, min(bins_late, 1000) + 2):
-        base = only_answer(played.push(a, seq, base, nothing)).bin
-    # Far more bins than can be played here: the ledger says what it would after them.
-    played.numbers.open_bin = bins_late
-    decision = played.push(late, 1, max(0, played.ledger.issuing_bin - bins_late), torch.ones(SIZE))
+    played.ledger, played.open_bin = Ledger(open_bin=bins_late, issuing_bin=bins_late), bins_late
+    decision = played.push("worker-0", 1, 0, torch.ones(SIZE))
     assert decision.contribution is not None
-    d = decision.contribution.bins_late
-    part = min(1.0, late_bins / d) if d else 1.0
-    assert decision.contribution.share == pytest.approx(part)
+    part = min(1.0, late_bins / bins_late) if bins_late else 1.0
+    assert (decision.contribution.bins_late, decision.contribution.share) == (bins_late, part)
     moved = float((played.initial - played.w).abs().max())
     bound = 0.7 / (1 - beta) * part
     assert moved <= bound * (1 + 1e-5) + 1e-6
