@@ -50,7 +50,7 @@ class Experiment:
         arms: What is compared.
         seeds: Reported seeds.
         tuning_seeds: Seeds that settings are chosen with.
-        tuned_as: Another experiment with the same arms, whose choices are taken; None: this one makes its own.
+        tuned_as: Another experiment that has these arms too, whose choices are taken; None: this one makes its own.
     """
 
     name: str
@@ -144,7 +144,10 @@ class Campaign:
         """Mean validation loss at every point of each arm's grid, and the best point."""
         chooser = self._chooser()
         if chooser is not self:
-            return chooser.choices()
+            tried, points = chooser.choices()
+            places = {(arm.cell, arm.name): place for place, arm in enumerate(chooser._experiment.arms)}
+            own = [places[arm.cell, arm.name] for arm in self._experiment.arms]
+            return [tried[place] for place in own], [points[place] for place in own]
         self.outcomes(self._tuning_trials())
         arms, seeds = self._experiment.arms, self._experiment.tuning_seeds
         tried = [

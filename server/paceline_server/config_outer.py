@@ -117,6 +117,15 @@ class OuterConfig(Section):
             raise ValueError("the rule sgd has no momentum; leave outer.momentum out, or choose the rule ormo")
         return momentum
 
+    @field_validator("correction")
+    @classmethod
+    def _correction_fits_the_rule(cls, correction: str | None, info: ValidationInfo) -> str | None:
+        if correction is not None and info.data.get("rule") == "orlomo":
+            raise ValueError(
+                "does not fit outer.rule = 'orlomo': it would turn the outer gradient without the momentum beside it"
+            )
+        return correction
+
     @field_validator("momentum_warmup_bins")
     @classmethod
     def _local_momentum_is_constant(cls, bins: int, info: ValidationInfo) -> int:

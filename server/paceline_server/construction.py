@@ -3,7 +3,7 @@
 from paceline_server.config import ServerConfig
 from paceline_server.ledger import Schedule, ScheduleKind
 from paceline_server.membership import Membership
-from paceline_server.rules.base import RuleSettings
+from paceline_server.rules.base import OuterRule, RuleSettings
 from paceline_server.rules.heloco import DirectionCorrection
 from paceline_server.rules.rates import Decay, Rates
 from paceline_server.rules.registry import outer_rule
@@ -21,9 +21,7 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
     return Shard(
         index=index,
         num_shards=config.shards,
-        rule=outer_rule(
-            config.outer.rule, RuleSettings(rates=rates_of(config), inner_steps=config.exchange.inner_steps)
-        ),
+        rule=_rule_of(config),
         schedule=Schedule(
             kind=ScheduleKind(config.schedule.kind),
             quota=config.schedule.quota,
@@ -38,6 +36,10 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
         ),
         correction=DirectionCorrection() if config.outer.correction == "heloco" else None,
     )
+
+
+def _rule_of(config: ServerConfig) -> OuterRule:
+    return outer_rule(config.outer.rule, RuleSettings(rates=rates_of(config), inner_steps=config.exchange.inner_steps))
 
 
 def rates_of(config: ServerConfig) -> Rates:
@@ -63,7 +65,7 @@ def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
             lr=config.outer.lr,
             momentum=config.outer.momentum,
             look_ahead=config.look_ahead,
-            local_momentum=config.outer.rule == "orlomo",
+            local_momentum=_rule_of(config).local_momentum,
         ),
         schedule=pb.ScheduleConfiguration(
             kind=pb.ScheduleKind.Value(f"SCHEDULE_KIND_{config.schedule.kind.upper()}"),

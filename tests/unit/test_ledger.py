@@ -1,12 +1,15 @@
 """A fragment's bookkeeping: who waits for whom, who is answered what, and that every push is decided exactly once."""
 
 import copy
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -20,8 +23,11 @@ from paceline_server.ledger import (
     ScheduleKind,
     next_close_s,
 )
+from paceline_server.rules import Rates
+from paceline_server.rules.ordered_momentum import OrderedMomentum
 from paceline_wire.errors import InvalidInputError, SupersededError
 from support_core import ASYNC, BARRIER, QUORUM, PlayedFragment, names, normal, only_answer
+from support_rules import PARTICIPATION, PlayedRule
 
 A, B, C, D = names(4)
 
@@ -128,6 +134,234 @@ def test_a_set_quota_is_every_push_share() -> None:
     first = share(fragment.push(A, 1, 0))
     fragment.join(*names(9))
     assert [first, share(fragment.push(B, 1, 0))] == [1 / 4, 1 / 4]
+
+
+# --- Participation: answered at once, in bins of one push or more from everybody.
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_bin_by_participation_begins_when_everybody_has_pushed(look_ahead: bool) -> None:
+    """Each push is answered at once; the one that makes the bin complete is the first to be told of the next."""
+    fragment = played(PARTICIPATION, look_ahead=look_ahead)
+    told = [answered(fragment.push(worker, seq, 0)) for worker, seq in ((A, 1), (A, 2), (B, 1), (A, 3))]
+    assert told == [{A: 0}, {A: 0}, {B: 0}, {A: 0}]
+    decision = fragment.push(C, 1, 0)
+    assert answered(decision) == {C: 1}
+    assert decision.bins_opened_after == int(look_ahead)
+    assert [answered(fragment.push(worker, 4, 0)) for worker in (A,)] == [{A: 1}]
+    assert answered(fragment.push(B, 2, 0)) == {B: 1}
+    assert answered(fragment.push(C, 2, 1)) == {C: 2}
+    fragment.assert_closed_form()
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(num_workers=st.integers(1, 6), rounds=st.integers(1, 5), order=st.randoms(use_true_random=False))
+def test_in_rounds_participation_is_the_asynchronous_loop_with_floor(
+    num_workers: int, rounds: int, order: Random
+) -> None:
+    """With K workers that push once a round, label i is in bin floor(i / K): async's ceil, but bin 0 has 2 K - 1."""
+    fragment, bins, t = played(PARTICIPATION, num_workers), dict.fromkeys(names(num_workers), 0), 0
+    for seq in range(1, rounds + 1):
+        workers = sorted(bins)
+        order.shuffle(workers)
+        for worker in workers:
+            decision = fragment.push(worker, seq, bins[worker])
+            assert lateness(decision) <= 1
+            assert share(decision) == 1 / num_workers
+            t += 1
+            bins[worker] = only_answer(decision).bin
+            assert bins[worker] == t // num_workers
+    sizes = Counter(entered.bin for entered in fragment.entered)
+    whole = range(rounds - 1)  # bins of which no push is under way any more
+    assert [sizes[b] for b in whole] == [num_workers if b else 2 * num_workers - 1 for b in whole]
+    fragment.assert_closed_form()
+
+
+def test_a_fast_worker_adds_to_a_bin_by_participation() -> None:
+    """A bin may have more pushes than workers; each has 1 / quota, so such a bin makes more than one step."""
+    fragment = played(PARTICIPATION, 2)
+    pushes = [fragment.push(A, seq, 0) for seq in (1, 2, 3)] + [fragment.push(B, 1, 0)]
+    assert [share(decision) for decision in pushes] == [1 / 2] * 4
+    assert [entered.bin for entered in fragment.entered] == [0] * 4
+    assert fragment.ledger.issuing_bin == 1
+
+
+def test_a_worker_that_leaves_does_not_hold_up_a_bin_by_participation() -> None:
+    """Once it has left, the next push of anybody else's completes the bin, and the next one counts the others."""
+    fragment = played(PARTICIPATION)
+    fragment.push(A, 1, 0)
+    fragment.push(B, 1, 0)
+    fragment.leave(C)
+    assert fragment.close() is None
+    assert next_close_s(fragment.schedule, fragment.ledger) is None
+    assert answered(fragment.push(A, 2, 0)) == {A: 1}
+    assert share(fragment.push(A, 3, 1)) == 1 / 2
+    assert answered(fragment.push(B, 2, 0)) == {B: 2}
+
+
+def test_a_bin_by_participation_counts_who_joins_during_it() -> None:
+    """A worker that joins is waited for by the bin, but by nobody's answer."""
+    fragment = played(PARTICIPATION, 1)
+    assert answered(fragment.push(A, 1, 0)) == {A: 1}
+    fragment.join(B)
+    assert [answered(fragment.push(A, seq, 1)) for seq in (2, 3, 4)] == [{A: 1}] * 3
+    assert answered(fragment.push(B, 1, 1)) == {B: 2}
+
+
+def test_a_refused_push_takes_part() -> None:
+    """A worker whose numbers went bad does not keep the others in one bin for ever."""
+    fragment = played(PARTICIPATION, 2)
+    fragment.push(A, 1, 0)
+    decision = fragment.push(B, 1, 0, problem="it is not finite")
+    assert (decision.outcome, answered(decision)) == (Outcome.REFUSED, {B: 1})
+
+
+def test_a_late_push_takes_part() -> None:
+    """A push from long ago enters its own bin, and its worker has pushed since this one began."""
+    fragment = played(PARTICIPATION, (A,))
+    for seq in range(1, 4):
+        fragment.push(A, seq, seq - 1)
+    fragment.join(B)
+    fragment.push(A, 4, 3)
+    late = fragment.push(B, 1, 0)
+    assert (lateness(late), answered(late)) == (3, {B: 4})
+    fragment.assert_closed_form()
+
+
+def test_pushes_when_nobody_is_active_make_bins_of_their_own() -> None:
+    """What was under way when the last worker was lost enters and is answered."""
+    fragment = played(PARTICIPATION, 2)
+    fragment.leave(A, B)
+    assert [answered(fragment.push(A, seq, 0)) for seq in (1, 2)] == [{A: 1}, {A: 2}]
+    fragment.assert_closed_form()
+
+
+def test_a_lost_answer_by_participation_names_the_bin_of_the_values_it_brings() -> None:
+    """A worker that was away asks for its answer again: it gets the newest values, and so their bin."""
+    fragment = played(PARTICIPATION, 2)
+    fragment.push(A, 1, 0)
+    fragment.leave(A)
+    for seq in range(1, 7):
+        fragment.push(B, seq, seq - 1)
+    fragment.join(A)
+    again = fragment.push(A, 1, 0)
+    assert (again.outcome, answered(again)) == (Outcome.DUPLICATE, {A: 6})
+    assert lateness(fragment.push(A, 2, 6)) == 0
+
+
+# --- Tokens.
+
+
+def counted(kind: ScheduleKind = BARRIER, workers: int = 3, *, quota: int | None = None) -> PlayedRule:
+    """A fragment whose pushes may say how many tokens they stand for."""
+    schedule = Schedule(kind=kind, quota=quota, quorum=None)
+    return PlayedRule(schedule, OrderedMomentum(rates=Rates(peak_lr=0.5, full_momentum=0.5)), workers=workers)
+
+
+def round_shares(fragment: PlayedRule, seq: int, tokens: Mapping[str, int | None]) -> list[float]:
+    """The shares of one barrier round, in which everybody pushes."""
+    return [share(fragment.push(worker, seq, seq - 1, tokens=count)) for worker, count in tokens.items()]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(num_workers=st.integers(1, 40), tokens=st.integers(1, 2**64 - 1))
+def test_equal_tokens_are_one_over_quota_to_the_bit(num_workers: int, tokens: int) -> None:
+    """Counting what is equal changes nothing, whatever the count, from the first push on."""
+    fragment = counted(workers=num_workers)
+    for seq in (1, 2):
+        assert round_shares(fragment, seq, dict.fromkeys(names(num_workers), tokens)) == [1 / num_workers] * num_workers
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(counts=st.lists(st.none() | st.integers(0, 1000), min_size=1, max_size=6))
+def test_shares_add_up_to_one_over_a_bin_once_everybody_was_heard(counts: list[int | None]) -> None:
+    """From the second bin on, in proportion to the tokens; those who tell none have 1 / quota each."""
+    fragment, workers = counted(workers=len(counts)), names(len(counts))
+    tokens = dict(zip(workers, counts, strict=True))
+    round_shares(fragment, 1, tokens)
+    shares = dict(zip(workers, round_shares(fragment, 2, tokens), strict=True))
+    told = {worker: count for worker, count in tokens.items() if count is not None}
+    assert {shares[worker] for worker in set(workers) - set(told)} <= {1 / len(counts)}
+    if not told or any(told.values()):
+        assert sum(shares.values()) == pytest.approx(1.0)
+    for worker, count in told.items():
+        mean = math.fsum(told.values()) / len(told)
+        assert shares[worker] == pytest.approx(min(1.0, count / mean / len(counts)) if count else 0.0)
+
+
+def test_no_tokens_have_no_share() -> None:
+    """A push of nothing enters with nothing, even where nobody has anything."""
+    fragment = counted()
+    assert round_shares(fragment, 1, {A: 0, B: 0, C: 0}) == [0.0] * 3
+    assert torch.equal(fragment.initial, fragment.w)
+    round_shares(fragment, 2, {A: 0, B: 5, C: 5})
+    assert round_shares(fragment, 3, {A: 0, B: 5, C: 5}) == [0.0, 1 / 2, 1 / 2]
+
+
+def test_a_huge_count_is_one_step_at_most() -> None:
+    """A worker that claims all the tokens there are moves what a full bin would, and the others all but nothing."""
+    fragment = counted(quota=3)
+    round_shares(fragment, 1, {A: 100, B: 100, C: 2**64 - 1})
+    shares = round_shares(fragment, 2, {A: 100, B: 100, C: 2**64 - 1})
+    assert shares == pytest.approx([0.0, 0.0, 1.0], abs=1e-15)
+    assert max(shares) <= 1.0
+
+
+def test_a_share_is_at_most_one_where_the_quota_is_small() -> None:
+    """With more workers than the quota, the largest count could have more than the whole rate; it has not."""
+    fragment = counted(ASYNC, 3, quota=1)
+    fragment.push(A, 1, 0, tokens=1)
+    fragment.push(B, 1, 0, tokens=1)
+    assert share(fragment.push(C, 1, 0, tokens=1000)) == 1.0
+
+
+def test_workers_that_left_are_not_counted() -> None:
+    """The mean is over those who are active, and over the one who pushes."""
+    fragment = counted(ASYNC, 2, quota=2)
+    fragment.push(A, 1, 0, tokens=1_000_000)
+    fragment.push(B, 1, 0, tokens=10)
+    fragment.leave(A)
+    assert share(fragment.push(B, 2, 1, tokens=10)) == 1 / 2
+    assert fragment.ledger.tokens == {B: 10}
+    assert share(fragment.push(A, 2, 1, tokens=30)) == pytest.approx(30 / 20 / 2)
+
+
+def test_a_worker_that_stops_telling_is_not_counted() -> None:
+    """What it said once does not weigh on the others' mean for ever."""
+    fragment = counted(ASYNC, 2, quota=2)
+    fragment.push(A, 1, 0, tokens=1_000_000)
+    assert share(fragment.push(A, 2, 1)) == 1 / 2
+    assert share(fragment.push(B, 1, 0, tokens=10)) == 1 / 2
+    assert fragment.ledger.tokens == {B: 10}
+
+
+def test_a_refused_pushs_tokens_do_not_count() -> None:
+    """Numbers that went bad leave the others' shares as they are."""
+    fragment = counted(ASYNC, 2, quota=2)
+    fragment.push(A, 1, 0, problem="it is not finite", tokens=1_000_000)
+    assert share(fragment.push(B, 1, 0, tokens=10)) == 1 / 2
+
+
+# --- Very late pushes.
+
+
+@pytest.mark.parametrize(
+    ("late_bins", "expected"),
+    [(None, [1.0] * 6), (1, [1.0, 1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5]), (2, [1.0, 1.0, 1.0, 2 / 3, 2 / 4, 2 / 5])],
+)
+@pytest.mark.parametrize("kind", [ASYNC, PARTICIPATION, BARRIER])
+def test_of_a_very_late_push_a_part_enters(kind: ScheduleKind, late_bins: int | None, expected: list[float]) -> None:
+    """Up to late_bins it has its share, and min(1, late_bins / d) of it beyond."""
+    fragment = PlayedFragment(Schedule(kind=kind, quota=1, late_bins=late_bins), lr=0.5, momentum=0.5, workers=(A,))
+    for seq in range(1, 6):
+        fragment.push(A, seq, seq - 1)
+    late = [fragment.push(f"late-{base_bin}", 1, base_bin) for base_bin in range(5, -1, -1)]
+    # Each of them begins a bin too, where a push does.
+    parts = [late_bins / max(late_bins, lateness(push)) if late_bins else 1.0 for push in late]
+    assert [share(push) for push in late] == parts
+    by_lateness = {lateness(push): share(push) for push in late}
+    assert all(by_lateness[d] == expected[d] for d in by_lateness if d < len(expected))
+    fragment.assert_closed_form()
 
 
 # --- Barrier.
@@ -518,7 +752,7 @@ class LedgerMachine(RuleBasedStateMachine):
     """Workers that join, push, are refused, send again, get lost and start again, under any schedule."""
 
     @initialize(
-        kind=st.sampled_from([ASYNC, BARRIER, QUORUM]),
+        kind=st.sampled_from([ASYNC, PARTICIPATION, BARRIER, QUORUM]),
         quota=st.none() | st.integers(1, 4),
         quorum=st.integers(1, 3),
         look_ahead=st.booleans(),
@@ -585,7 +819,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert decision.outcome is (Outcome.REFUSED if refused else Outcome.APPLIED)
         assert len(self.fragment.entered) - entered == (0 if refused else 1)
         self.receive(decision)
-        if self.fragment.schedule.kind is ASYNC:
+        if self.fragment.schedule.kind.answers_at_once:
             assert not life.unanswered
 
     @rule(pick=st.integers(0, 4), back=st.integers(0, 3))

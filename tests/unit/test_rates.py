@@ -1,4 +1,4 @@
-"""Coefficients that change from bin to bin: their values, and that ordered momentum keeps its closed form under them."""
+"""Coefficients that change from bin to bin: their values, and that ordered momentum keeps its closed form."""
 
 import math
 from random import Random
