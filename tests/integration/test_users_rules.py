@@ -52,15 +52,14 @@ async def test_a_users_rule_is_served_from_a_dotted_path(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("rule", "reason"),
+    ("rule", "reason", "shards"),
     [
-        ("nowhere_at_all:Rule", "cannot be imported from 'nowhere_at_all': ModuleNotFoundError"),
-        ("foreign_rules:Missing", "AttributeError"),
-        ("foreign_rules:not_a_rule", "not a subclass of paceline_server.rules.OuterRule"),
-        ("ormoo", "Did you mean ormo?"),
+        ("nowhere_at_all:Rule", "cannot be imported from 'nowhere_at_all': ModuleNotFoundError", "2"),
+        ("foreign_rules:Missing", "AttributeError", "1"),
+        ("foreign_rules:not_a_rule", "not a subclass of paceline_server.rules.OuterRule", "1"),
+        ("ormoo", "Did you mean ormo?", "1"),
     ],
 )
-@pytest.mark.parametrize("shards", ["1", "2"])
 def test_a_rule_that_cannot_be_had_ends_serve_at_start(tmp_path: Path, rule: str, reason: str, shards: str) -> None:
     """Before it listens, with the exit code of wrong configuration and a sentence."""
     (tmp_path / "foreign_rules.py").write_text(FOREIGN)
