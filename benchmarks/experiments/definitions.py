@@ -352,15 +352,13 @@ def _unlike_methods() -> dict[str, tuple[Literal["eager", "delayed", "blocking"]
     barrier = _schedule("barrier")
     methods: dict[str, tuple[Literal["eager", "delayed", "blocking"], dict[str, Any]]] = {
         "blocking": ("blocking", barrier),
-        "delayed": ("delayed", barrier),
     }
     methods |= {f"barrier, {weight}": ("eager", barrier | {"exchange.own_weight": weight}) for weight in WEIGHTS}
     for codec in ("int4", "topk"):
         methods[f"barrier, 1, {codec} up"] = ("eager", barrier | {"exchange.own_weight": "1", "exchange.uplink": codec})
     methods |= {
         "participation, 1": ("eager", _schedule("participation") | LOOK_AHEAD),
-        "async OrMo, 1": ("eager", _schedule("async") | LOOK_AHEAD),
-        "async OrMo, 1/M": ("eager", _schedule("async") | LOOK_AHEAD | {"exchange.own_weight": "1/M"}),
+        "async OrMo (Polyak), 1": ("eager", _schedule("async")),
         "async mla + HeLoCo, 1": ("eager", _schedule("async") | {"outer.rule": "mla", "outer.correction": "heloco"}),
     }
     return methods
