@@ -38,7 +38,7 @@ def test_demo_trains_and_reports(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes by way of /proc")
 def test_an_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
     """Ctrl-C in the middle ends the server, the links and the workers, too, before the command is gone."""
-    arguments = ["--seconds", "60", "--no-single", "--plot", str(tmp_path / "loss.png")]
+    arguments = ["--seconds", "600", "--no-single", "--plot", str(tmp_path / "loss.png")]
     with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
         try:
             assert demo.stdout is not None
