@@ -38,6 +38,7 @@ class ExitCode(enum.IntEnum):
     USAGE = 2, "wrong usage or configuration"
     UNREACHABLE = 3, "no server could be reached, or it is starting or stopping; try again"
     REFUSED = 4, "the server refused: token, certificate, protocol version, or another model"
+    STORAGE = 5, "a data directory is damaged, in use, of another run, or cannot be read or written"
     INTERNAL = 70, "a fault in Paceline or its installation"
     INTERRUPTED = 130, "interrupted from the keyboard"
 
@@ -55,6 +56,8 @@ EXIT_CODES: dict[type[errors.PacelineError], ExitCode] = {
     errors.NotAMemberError: ExitCode.REFUSED,
     errors.SupersededError: ExitCode.REFUSED,
     errors.PushRefusedError: ExitCode.REFUSED,
+    errors.QuarantinedError: ExitCode.REFUSED,
+    errors.StorageError: ExitCode.STORAGE,
 }
 """The exit code of each error; the nearest class counts."""
 

@@ -87,6 +87,25 @@ class UnavailableError(PacelineError):
     retryable = True
 
 
+class QuarantinedError(PacelineError):
+    """The worker sent unusable pushes round after round; the shard takes nothing more from it for a while."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class StorageError(PacelineError):
+    """A data directory is damaged, in use, of another run, or cannot be read or written; the text says what helps."""
+
+    grpc_code = "INTERNAL"
+
+
+class StorageFullError(StorageError):
+    """The shard's disk has no room for more. Nothing was decided; the same push is taken when there is room again."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
 class PushRefusedError(PacelineError):
     """A push was refused for what it contains. The run goes on; the same push will never be accepted."""
 

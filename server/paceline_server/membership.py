@@ -9,8 +9,8 @@ Rules:
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from paceline_wire.errors import InvalidInputError, NotAMemberError, SupersededError
 
@@ -34,6 +34,21 @@ class Member:
     index: int
     seen_s: float
     inner_step_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MembershipState:
+    """All that a membership must remember across a restart.
+
+    Attributes:
+        members: The active workers, in order of joining.
+        newest_incarnation: The highest incarnation seen of each worker.
+        most_active: The most workers that were ever active at once.
+    """
+
+    members: tuple[Member, ...] = ()
+    newest_incarnation: Mapping[str, int] = field(default_factory=dict)
+    most_active: int = 0
 
 
 class Membership:
@@ -62,6 +77,20 @@ class Membership:
     def members(self) -> Iterable[Member]:
         """The active workers, in order of joining."""
         return self._members.values()
+
+    def state(self) -> MembershipState:
+        """What must be remembered across a restart."""
+        return MembershipState(
+            members=tuple(self._members.values()),
+            newest_incarnation=dict(self._newest_incarnation),
+            most_active=self.most_active,
+        )
+
+    def restore(self, state: MembershipState, now: float) -> None:
+        """Take up a remembered state; every member's lease begins anew, since nobody could renew it meanwhile."""
+        self._members = {member.worker: replace(member, seen_s=now) for member in state.members}
+        self._newest_incarnation = dict(state.newest_incarnation)
+        self.most_active = state.most_active
 
     def join(self, now: float, worker: str, incarnation: int) -> tuple[Member, str]:
         """Make a worker active, or renew it; returns the member and what happened, in a sentence.

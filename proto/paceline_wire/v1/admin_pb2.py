@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpaceline_wire/v1/admin.proto\x12\x10paceline_wire.v1\"\x0f\n\rStatusRequest\"\xa5\x01\n\x0cMemberStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_index\x18\x02 \x01(\r\x12\x1a\n\rinner_step_us\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0binner_steps\x18\x04 \x01(\r\x12\x16\n\x0epushes_applied\x18\x05 \x01(\x04\x12\x11\n\tsilent_ms\x18\x06 \x01(\x04\x42\x10\n\x0e_inner_step_us\"\xee\x02\n\x0eStatusResponse\x12\x13\n\x0bshard_index\x18\x01 \x01(\r\x12\x13\n\x0binitialized\x18\x02 \x01(\x08\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x14\n\x0cnum_elements\x18\x04 \x01(\x04\x12\x0f\n\x07min_bin\x18\x05 \x01(\x04\x12\x0f\n\x07max_bin\x18\x06 \x01(\x04\x12\x16\n\x0epushes_applied\x18\x07 \x01(\x04\x12\x18\n\x10pushes_duplicate\x18\x08 \x01(\x04\x12\x16\n\x0epushes_refused\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x17\n\x0f\x62ins_late_total\x18\x0c \x01(\x04\x12\x11\n\tuptime_ms\x18\r \x01(\x04\x12/\n\x07members\x18\x0e \x03(\x0b\x32\x1e.paceline_wire.v1.MemberStatus\x12\x10\n\x08warnings\x18\x0f \x03(\t2[\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.paceline_wire.v1.StatusRequest\x1a .paceline_wire.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpaceline_wire/v1/admin.proto\x12\x10paceline_wire.v1\"\x0f\n\rStatusRequest\"\xd9\x01\n\x0cMemberStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_index\x18\x02 \x01(\r\x12\x1a\n\rinner_step_us\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0binner_steps\x18\x04 \x01(\r\x12\x16\n\x0epushes_applied\x18\x05 \x01(\x04\x12\x11\n\tsilent_ms\x18\x06 \x01(\x04\x12\x1a\n\x12\x61llowed_silence_ms\x18\x07 \x01(\x04\x12\x16\n\x0epushes_refused\x18\x08 \x01(\x04\x42\x10\n\x0e_inner_step_us\"L\n\x11QuarantinedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x03 \x01(\x04\"\xc0\x01\n\rStorageStatus\x12\x0c\n\x04sync\x18\x01 \x01(\t\x12\x15\n\rnewest_record\x18\x02 \x01(\x04\x12\x15\n\rjournal_bytes\x18\x03 \x01(\x04\x12\x11\n\tsnapshots\x18\x04 \x01(\x04\x12\x1c\n\x0fsnapshot_age_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11recovered_records\x18\x06 \x01(\x04\x12\x13\n\x0brecovery_ms\x18\x07 \x01(\x04\x42\x12\n\x10_snapshot_age_ms\"\x84\x04\n\x0eStatusResponse\x12\x13\n\x0bshard_index\x18\x01 \x01(\r\x12\x13\n\x0binitialized\x18\x02 \x01(\x08\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x14\n\x0cnum_elements\x18\x04 \x01(\x04\x12\x0f\n\x07min_bin\x18\x05 \x01(\x04\x12\x0f\n\x07max_bin\x18\x06 \x01(\x04\x12\x16\n\x0epushes_applied\x18\x07 \x01(\x04\x12\x18\n\x10pushes_duplicate\x18\x08 \x01(\x04\x12\x16\n\x0epushes_refused\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x17\n\x0f\x62ins_late_total\x18\x0c \x01(\x04\x12\x11\n\tuptime_ms\x18\r \x01(\x04\x12/\n\x07members\x18\x0e \x03(\x0b\x32\x1e.paceline_wire.v1.MemberStatus\x12\x10\n\x08warnings\x18\x0f \x03(\t\x12\x35\n\x07storage\x18\x10 \x01(\x0b\x32\x1f.paceline_wire.v1.StorageStatusH\x00\x88\x01\x01\x12\x38\n\x0bquarantined\x18\x11 \x03(\x0b\x32#.paceline_wire.v1.QuarantinedWorker\x12\x17\n\x0fpushes_outlying\x18\x12 \x01(\x04\x42\n\n\x08_storage2[\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.paceline_wire.v1.StatusRequest\x1a .paceline_wire.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=50
   _globals['_STATUSREQUEST']._serialized_end=65
   _globals['_MEMBERSTATUS']._serialized_start=68
-  _globals['_MEMBERSTATUS']._serialized_end=233
-  _globals['_STATUSRESPONSE']._serialized_start=236
-  _globals['_STATUSRESPONSE']._serialized_end=602
-  _globals['_ADMINSERVICE']._serialized_start=604
-  _globals['_ADMINSERVICE']._serialized_end=695
+  _globals['_MEMBERSTATUS']._serialized_end=285
+  _globals['_QUARANTINEDWORKER']._serialized_start=287
+  _globals['_QUARANTINEDWORKER']._serialized_end=363
+  _globals['_STORAGESTATUS']._serialized_start=366
+  _globals['_STORAGESTATUS']._serialized_end=558
+  _globals['_STATUSRESPONSE']._serialized_start=561
+  _globals['_STATUSRESPONSE']._serialized_end=1077
+  _globals['_ADMINSERVICE']._serialized_start=1079
+  _globals['_ADMINSERVICE']._serialized_end=1170
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,8 @@ class MemberStatus(_message.Message):
     INNER_STEPS_FIELD_NUMBER: _builtins.int
     PUSHES_APPLIED_FIELD_NUMBER: _builtins.int
     SILENT_MS_FIELD_NUMBER: _builtins.int
+    ALLOWED_SILENCE_MS_FIELD_NUMBER: _builtins.int
+    PUSHES_REFUSED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker's name."""
     worker_index: _builtins.int
@@ -59,6 +61,10 @@ class MemberStatus(_message.Message):
     """Its pushes that were applied, over all fragments of this shard."""
     silent_ms: _builtins.int
     """Milliseconds since its last sign of life."""
+    allowed_silence_ms: _builtins.int
+    """Milliseconds of silence, going by its own history, after which it no longer counts as active."""
+    pushes_refused: _builtins.int
+    """Its pushes that were refused for what they contained, over all fragments of this shard."""
     def __init__(
         self,
         *,
@@ -68,16 +74,96 @@ class MemberStatus(_message.Message):
         inner_steps: _builtins.int = ...,
         pushes_applied: _builtins.int = ...,
         silent_ms: _builtins.int = ...,
+        allowed_silence_ms: _builtins.int = ...,
+        pushes_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "inner_step_us", b"inner_step_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "inner_step_us", b"inner_step_us", "inner_steps", b"inner_steps", "pushes_applied", b"pushes_applied", "silent_ms", b"silent_ms", "worker_id", b"worker_id", "worker_index", b"worker_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "allowed_silence_ms", b"allowed_silence_ms", "inner_step_us", b"inner_step_us", "inner_steps", b"inner_steps", "pushes_applied", b"pushes_applied", "pushes_refused", b"pushes_refused", "silent_ms", b"silent_ms", "worker_id", b"worker_id", "worker_index", b"worker_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__inner_step_us: _TypeAlias = _typing.Literal["inner_step_us"]  # noqa: Y015
     _WhichOneofArgType__inner_step_us: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_step_us) -> _WhichOneofReturnType__inner_step_us | None: ...
 
 Global___MemberStatus: _TypeAlias = MemberStatus  # noqa: Y015
+
+@_typing.final
+class QuarantinedWorker(_message.Message):
+    """A worker whose pushes are no longer looked at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REMAINING_MS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker's name."""
+    reason: _builtins.str
+    """What it did, in a sentence."""
+    remaining_ms: _builtins.int
+    """Milliseconds until it may join again."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        remaining_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "remaining_ms", b"remaining_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuarantinedWorker: _TypeAlias = QuarantinedWorker  # noqa: Y015
+
+@_typing.final
+class StorageStatus(_message.Message):
+    """How a shard's state is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SYNC_FIELD_NUMBER: _builtins.int
+    NEWEST_RECORD_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_AGE_MS_FIELD_NUMBER: _builtins.int
+    RECOVERED_RECORDS_FIELD_NUMBER: _builtins.int
+    RECOVERY_MS_FIELD_NUMBER: _builtins.int
+    sync: _builtins.str
+    """When the journal is forced to disk: "commit", "interval" or "never"."""
+    newest_record: _builtins.int
+    """The newest record in the journal."""
+    journal_bytes: _builtins.int
+    """Bytes in the journal that the newest snapshot does not cover."""
+    snapshots: _builtins.int
+    """Snapshots written since the start of the process."""
+    snapshot_age_ms: _builtins.int
+    """Milliseconds since the newest snapshot was complete. Absent: there is none yet."""
+    recovered_records: _builtins.int
+    """Records that were replayed when the process started."""
+    recovery_ms: _builtins.int
+    """Milliseconds that recovery took then."""
+    def __init__(
+        self,
+        *,
+        sync: _builtins.str = ...,
+        newest_record: _builtins.int = ...,
+        journal_bytes: _builtins.int = ...,
+        snapshots: _builtins.int = ...,
+        snapshot_age_ms: _builtins.int | None = ...,
+        recovered_records: _builtins.int = ...,
+        recovery_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_snapshot_age_ms", b"_snapshot_age_ms", "snapshot_age_ms", b"snapshot_age_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_snapshot_age_ms", b"_snapshot_age_ms", "journal_bytes", b"journal_bytes", "newest_record", b"newest_record", "recovered_records", b"recovered_records", "recovery_ms", b"recovery_ms", "snapshot_age_ms", b"snapshot_age_ms", "snapshots", b"snapshots", "sync", b"sync"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__snapshot_age_ms: _TypeAlias = _typing.Literal["snapshot_age_ms"]  # noqa: Y015
+    _WhichOneofArgType__snapshot_age_ms: _TypeAlias = _typing.Literal["_snapshot_age_ms", b"_snapshot_age_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot_age_ms) -> _WhichOneofReturnType__snapshot_age_ms | None: ...
+
+Global___StorageStatus: _TypeAlias = StorageStatus  # noqa: Y015
 
 @_typing.final
 class StatusResponse(_message.Message):
@@ -100,6 +186,9 @@ class StatusResponse(_message.Message):
     UPTIME_MS_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    PUSHES_OUTLYING_FIELD_NUMBER: _builtins.int
     shard_index: _builtins.int
     """The index of the shard."""
     initialized: _builtins.bool
@@ -126,6 +215,8 @@ class StatusResponse(_message.Message):
     """Sum over applied pushes of the bins they were late."""
     uptime_ms: _builtins.int
     """Milliseconds since the start of the process."""
+    pushes_outlying: _builtins.int
+    """Pushes refused because their norm was out of all proportion to the fragment's recent ones."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberStatus]:
         """The active workers."""
@@ -133,6 +224,14 @@ class StatusResponse(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the operator should know, in sentences; empty if all is well."""
+
+    @_builtins.property
+    def storage(self) -> Global___StorageStatus:
+        """How the state is kept. Absent: in memory only."""
+
+    @_builtins.property
+    def quarantined(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedWorker]:
+        """The workers in quarantine."""
 
     def __init__(
         self,
@@ -152,11 +251,16 @@ class StatusResponse(_message.Message):
         uptime_ms: _builtins.int = ...,
         members: _abc.Iterable[Global___MemberStatus] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        storage: Global___StorageStatus | None = ...,
+        quarantined: _abc.Iterable[Global___QuarantinedWorker] | None = ...,
+        pushes_outlying: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_refused", b"pushes_refused", "shard_index", b"shard_index", "uptime_ms", b"uptime_ms", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_outlying", b"pushes_outlying", "pushes_refused", b"pushes_refused", "quarantined", b"quarantined", "shard_index", b"shard_index", "storage", b"storage", "uptime_ms", b"uptime_ms", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__storage: _TypeAlias = _typing.Literal["storage"]  # noqa: Y015
+    _WhichOneofArgType__storage: _TypeAlias = _typing.Literal["_storage", b"_storage"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__storage) -> _WhichOneofReturnType__storage | None: ...
 
 Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015

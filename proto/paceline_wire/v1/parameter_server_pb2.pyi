@@ -436,6 +436,7 @@ class DescribeResponse(_message.Message):
     SHARD_INDEX_FIELD_NUMBER: _builtins.int
     FRAGMENT_ELEMENTS_FIELD_NUMBER: _builtins.int
     ACTIVE_WORKERS_FIELD_NUMBER: _builtins.int
+    INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The shard's protocol version."""
     shard_index: _builtins.int
@@ -444,6 +445,10 @@ class DescribeResponse(_message.Message):
     """The largest number of elements in a fragment, for whoever initializes the run."""
     active_workers: _builtins.int
     """Workers whose leases are live on this shard."""
+    initialization_id: _builtins.int
+    """The initialization_id whose parameters the shard has, so that a run that was begun anew can be told from this one.
+    Absent until the run is initialized on this shard.
+    """
     @_builtins.property
     def configuration(self) -> Global___RunConfiguration:
         """What workers must know of the configuration."""
@@ -466,13 +471,19 @@ class DescribeResponse(_message.Message):
         shard_index: _builtins.int = ...,
         fragment_elements: _builtins.int = ...,
         active_workers: _builtins.int = ...,
+        initialization_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_manifest", b"_manifest", "configuration", b"configuration", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "manifest", b"manifest", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "manifest", b"manifest", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__initialization_id: _TypeAlias = _typing.Literal["initialization_id"]  # noqa: Y015
+    _WhichOneofArgType__initialization_id: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id"]  # noqa: Y015
     _WhichOneofReturnType__manifest: _TypeAlias = _typing.Literal["manifest"]  # noqa: Y015
     _WhichOneofArgType__manifest: _TypeAlias = _typing.Literal["_manifest", b"_manifest"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__initialization_id) -> _WhichOneofReturnType__initialization_id | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__manifest) -> _WhichOneofReturnType__manifest | None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
@@ -520,11 +531,16 @@ class InitializeStart(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The caller's protocol version. MUST equal the shard's."""
     initialization_id: _builtins.int
     """Chosen at random by the initializer. The shard of index 0 takes the first that it sees; a client uploads to the
     other shards only if the shard of index 0 took its own, so that all fragments come from one model.
+    """
+    replaces: _builtins.int
+    """The upload that this one replaces: its uploader vanished before it had reached every shard. Taken only by a shard
+    whose parameters come from just that upload and to which nothing was pushed yet. Absent: replaces nothing.
     """
     @_builtins.property
     def manifest(self) -> Global___Manifest:
@@ -536,12 +552,15 @@ class InitializeStart(_message.Message):
         protocol_version: _builtins.int = ...,
         manifest: Global___Manifest | None = ...,
         initialization_id: _builtins.int = ...,
+        replaces: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replaces", b"_replaces", "manifest", b"manifest", "replaces", b"replaces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["initialization_id", b"initialization_id", "manifest", b"manifest", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replaces", b"_replaces", "initialization_id", b"initialization_id", "manifest", b"manifest", "protocol_version", b"protocol_version", "replaces", b"replaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replaces: _TypeAlias = _typing.Literal["replaces"]  # noqa: Y015
+    _WhichOneofArgType__replaces: _TypeAlias = _typing.Literal["_replaces", b"_replaces"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replaces) -> _WhichOneofReturnType__replaces | None: ...
 
 Global___InitializeStart: _TypeAlias = InitializeStart  # noqa: Y015
 
@@ -669,8 +688,13 @@ class JoinRequest(_message.Message):
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    PREVIOUS_INCARNATION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The caller's protocol version. MUST equal the shard's."""
+    previous_incarnation: _builtins.int
+    """The earlier incarnation of this worker whose saved state the caller goes on from; the answer then says how far the
+    shard got with its pushes. MUST be lower than the worker's incarnation. Absent: none.
+    """
     @_builtins.property
     def worker(self) -> Global___Worker:
         """Who joins."""
@@ -680,14 +704,49 @@ class JoinRequest(_message.Message):
         *,
         protocol_version: _builtins.int = ...,
         worker: Global___Worker | None = ...,
+        previous_incarnation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_previous_incarnation", b"_previous_incarnation", "previous_incarnation", b"previous_incarnation", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_previous_incarnation", b"_previous_incarnation", "previous_incarnation", b"previous_incarnation", "protocol_version", b"protocol_version", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__previous_incarnation: _TypeAlias = _typing.Literal["previous_incarnation"]  # noqa: Y015
+    _WhichOneofArgType__previous_incarnation: _TypeAlias = _typing.Literal["_previous_incarnation", b"_previous_incarnation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_incarnation) -> _WhichOneofReturnType__previous_incarnation | None: ...
+
+Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
+
+@_typing.final
+class FragmentProgress(_message.Message):
+    """How far a shard got with one incarnation's pushes to one fragment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAGMENT_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    fragment: _builtins.int
+    """Index of the fragment."""
+    seq: _builtins.int
+    """The newest push that was decided; all before it were decided too. 0: none."""
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of its latest pushes that were refused, ascending."""
+
+    def __init__(
+        self,
+        *,
+        fragment: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        refused: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fragment", b"fragment", "refused", b"refused", "seq", b"seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
+Global___FragmentProgress: _TypeAlias = FragmentProgress  # noqa: Y015
 
 @_typing.final
 class JoinResponse(_message.Message):
@@ -699,6 +758,8 @@ class JoinResponse(_message.Message):
     LEASE_MS_FIELD_NUMBER: _builtins.int
     INNER_STEPS_FIELD_NUMBER: _builtins.int
     ACTIVE_WORKERS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_MS_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     worker_index: _builtins.int
     """A small number that no other active worker of this shard has, for dividing data; take it from shard 0."""
     lease_ms: _builtins.int
@@ -707,6 +768,14 @@ class JoinResponse(_message.Message):
     """Inner steps that this worker should do in its next round."""
     active_workers: _builtins.int
     """Workers active on this shard, the caller included."""
+    heartbeat_ms: _builtins.int
+    """Milliseconds between the heartbeats that the shard expects. 0: a third of the lease."""
+    @_builtins.property
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___FragmentProgress]:
+        """For every fragment of this shard, how far it got with previous_incarnation; empty if the request names none. Pushes
+        of that incarnation that are not counted here will never be.
+        """
+
     def __init__(
         self,
         *,
@@ -714,10 +783,12 @@ class JoinResponse(_message.Message):
         lease_ms: _builtins.int = ...,
         inner_steps: _builtins.int = ...,
         active_workers: _builtins.int = ...,
+        heartbeat_ms: _builtins.int = ...,
+        progress: _abc.Iterable[Global___FragmentProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_workers", b"active_workers", "inner_steps", b"inner_steps", "lease_ms", b"lease_ms", "worker_index", b"worker_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_workers", b"active_workers", "heartbeat_ms", b"heartbeat_ms", "inner_steps", b"inner_steps", "lease_ms", b"lease_ms", "progress", b"progress", "worker_index", b"worker_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
