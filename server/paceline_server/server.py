@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
 from paceline_server.arrivals import ArrivalRecorder
+from paceline_server.buffers import MIB, Buffers, shortage
 from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard, run_configuration
 from paceline_server.engine import Engine
@@ -63,7 +64,10 @@ class ShardServer:
             _journal(config, index),
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
+            buffers=Buffers.of(config.exchange.buffer_mib * MIB),
         )
+        if (short := shortage(config)) is not None:
+            _log.warning("%s", short)
         self._shards: list[pb.Shard] = []
         self._service = ParameterServerService(
             self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
