@@ -8,6 +8,7 @@ that it holds, at once.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
 from paceline_server.buffers import STALLED_S, Room
 from paceline_server.engine import Engine, ReceivedPush
@@ -23,6 +24,14 @@ MAX_PROCESSING = 4
 
 MAX_UNSENT = 4
 """Updates that may wait for the link before the stream stops reading."""
+
+
+class _Incoming(NamedTuple):
+    """A push that is being received. Not its message, which holds on to its first MiB."""
+
+    fragment: int
+    request: PushRequest
+    room: Room
 
 
 class ExchangeStream:
@@ -47,8 +56,7 @@ class ExchangeStream:
         self._engine = engine
         self._write = write
         self._receiver = Receiver()
-        self._announced: pb.Push | None = None
-        self._receiving: Room | None = None
+        self._incoming: _Incoming | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
         self._unsent: asyncio.Queue[tuple[int, Answer, Encoded | None]] = asyncio.Queue()
         self._num_encoded = 0
@@ -122,31 +130,31 @@ class ExchangeStream:
         """Get room for a push. Nothing is read meanwhile."""
         num_elements = self._engine.shard.push_elements(push.fragment)
         num_bytes = self._receiver.required_bytes(push.payload, num_elements)
+        request = PushRequest(
+            worker=self.worker.worker_id,
+            incarnation=self.worker.incarnation,
+            seq=push.seq,
+            base_bin=push.base_bin,
+            tokens=push.tokens if push.HasField("tokens") else None,
+        )
         await self._has_room.wait()
-        self._receiving = await self._engine.buffers.incoming.reserve(num_bytes)
-        self._receiving.begin_transfer(self._end_stalled)
+        room = await self._engine.buffers.incoming.reserve(num_bytes)
+        room.begin_transfer(self._end_stalled)
+        self._incoming = _Incoming(push.fragment, request, room)
         self._receiver.begin(push.payload, num_elements)
-        self._announced = push
 
     async def _take(self, data: bytes) -> None:
         """Take a message's payload bytes, and process the push that they complete."""
         assembly = self._receiver.add(data)
-        if self._receiving is None or self._announced is None:
+        if self._incoming is None:
             return
-        self._receiving.moved()
+        self._incoming.room.moved()
         if assembly is None:
             return
-        self._receiving.end_transfer()
-        await self._process(self._announced, assembly, self._receiving)
+        self._incoming.room.end_transfer()
+        await self._process(self._incoming, assembly)
 
-    async def _process(self, announced: pb.Push, assembly: Assembly, room: Room) -> None:
-        request = PushRequest(
-            worker=self.worker.worker_id,
-            incarnation=self.worker.incarnation,
-            seq=announced.seq,
-            base_bin=announced.base_bin,
-            tokens=announced.tokens if announced.HasField("tokens") else None,
-        )
+    async def _process(self, incoming: "_Incoming", assembly: Assembly) -> None:
         payload = assembly.payload()
         self._engine.shard.counters.bytes_received += payload.numel()
         await self._processing.acquire()
@@ -154,10 +162,14 @@ class ExchangeStream:
             self._processing.release()
             return
         push = ReceivedPush(
-            fragment=announced.fragment, request=request, codec=assembly.codec, payload=payload, room=room
+            fragment=incoming.fragment,
+            request=incoming.request,
+            codec=assembly.codec,
+            payload=payload,
+            room=incoming.room,
         )
         self._engine.submit(push, self).add_done_callback(self._processed)
-        self._receiving = None
+        self._incoming = None
 
     def _note_speed(self, push: pb.Push) -> None:
         if push.HasField("inner_step_us"):
@@ -203,9 +215,9 @@ class ExchangeStream:
     def _free(self) -> None:
         """Give back everything; the error that ended the stream may keep this object alive for long."""
         self._ended = True
-        if self._receiving is not None:
-            self._receiving.release()
-            self._receiving = None
+        if self._incoming is not None:
+            self._incoming.room.release()
+            self._incoming = None
         self._receiver = Receiver()
         while not self._unsent.empty():
             update = self._unsent.get_nowait()[2]

@@ -190,6 +190,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
 
     async def Exchange(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
         self, request: AsyncIterator[pb.ExchangeRequest], context: Context
@@ -204,6 +206,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 self._engine.streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
 
     async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
         async for message in messages:

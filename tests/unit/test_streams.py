@@ -14,9 +14,11 @@ class FakeStream:
         self.ended: list[PacelineError] = []
 
     def end(self, error: PacelineError) -> None:
+        """Note the error."""
         self.ended.append(error)
 
     async def drain(self) -> None:
+        """End it."""
         self.end(PacelineError("drained"))
 
 
