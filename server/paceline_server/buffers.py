@@ -18,9 +18,9 @@ Why nobody waits forever:
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from paceline_server.config import ServerConfig
 from paceline_wire import codecs
@@ -30,6 +30,13 @@ MIB = 1024 * 1024
 STALLED_S = 300.0
 """Seconds without a message after which a transfer gives up the room that others wait for. A message is 1 MiB, so links
 down to 28 kbit/s keep theirs, and a stuck worker that still answers pings does not hold up a run for good."""
+
+STREAM_BYTES = 6 * MIB
+"""What gRPC holds of a stream whose peer is slow, measured: the message being written, in up to four copies of 1 MiB,
+the one being read, and what the peer has sent ahead within HTTP/2's window."""
+
+LEAST_SHARE = 0.25
+"""Of the buffer: what remains for payloads however many streams are open, or they would pass one at a time."""
 
 
 @dataclass(eq=False)
@@ -146,6 +153,11 @@ class BufferBudget:
                 self._grant()
             raise
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Change how many bytes may be reserved; what is held beyond that stays until it is given back."""
+        self.capacity_bytes = capacity_bytes
+        self._grant()
+
     def give_back(self, num_bytes: int) -> None:
         """Free bytes; called by the last claim on them."""
         self.held_bytes -= num_bytes
@@ -169,22 +181,37 @@ class BufferBudget:
             room.end_if_stalled(since_s)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """A shard's two budgets.
+    """A shard's buffer: what gRPC takes of it with the streams that are open, and two budgets for the rest.
+
+    Args:
+        num_bytes: Its size.
 
     Attributes:
         incoming: For payloads of pushes and first parameters, from their announcement until they are applied.
         outgoing: For encoded updates and fetched fragments, until the link has taken them.
     """
 
-    incoming: BufferBudget
-    outgoing: BufferBudget
+    def __init__(self, num_bytes: int) -> None:
+        self.incoming = BufferBudget(num_bytes // 2)
+        self.outgoing = BufferBudget(num_bytes // 2)
+        self._num_bytes = num_bytes
+        self._num_streams = 0
 
-    @classmethod
-    def of(cls, num_bytes: int) -> Self:
-        """Half of num_bytes for each direction."""
-        return cls(incoming=BufferBudget(num_bytes // 2), outgoing=BufferBudget(num_bytes // 2))
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Leave gRPC its part while a stream is open."""
+        self._divide(self._num_streams + 1)
+        try:
+            yield
+        finally:
+            self._divide(self._num_streams - 1)
+
+    def _divide(self, num_streams: int) -> None:
+        self._num_streams = num_streams
+        left_bytes = max(self._num_bytes - num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE))
+        self.incoming.resize(left_bytes // 2)
+        self.outgoing.resize(left_bytes // 2)
 
 
 def largest_payload_bytes(config: ServerConfig) -> int:

@@ -64,7 +64,7 @@ class ShardServer:
             _journal(config, index),
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
-            buffers=Buffers.of(config.exchange.buffer_mib * MIB),
+            buffers=Buffers(config.exchange.buffer_mib * MIB),
         )
         if (short := shortage(config)) is not None:
             _log.warning("%s", short)

@@ -1,12 +1,13 @@
 """Room for payloads: bounded, first come first served, given back exactly once, and taken from peers that stall."""
 
 import asyncio
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline_server.buffers import BufferBudget, Buffers, Room, largest_payload_bytes, shortage
+from paceline_server.buffers import MIB, STREAM_BYTES, BufferBudget, Buffers, Room, largest_payload_bytes, shortage
 from paceline_server.config import ServerConfig
 
 
@@ -180,10 +181,34 @@ def test_whatever_happens_the_budget_holds_and_nothing_is_lost(steps: list[tuple
     asyncio.run(play())
 
 
-def test_the_directions_have_a_half_each() -> None:
-    """What uploads hold never keeps an update from its room."""
-    buffers = Buffers.of(100)
-    assert (buffers.incoming.capacity_bytes, buffers.outgoing.capacity_bytes) == (50, 50)
+def test_open_streams_take_their_part_and_leave_some() -> None:
+    """Each direction has half of what gRPC leaves; a quarter of the buffer remains however many streams are open."""
+    buffers = Buffers(100 * MIB)
+
+    def capacities() -> tuple[int, int]:
+        return buffers.incoming.capacity_bytes, buffers.outgoing.capacity_bytes
+
+    assert capacities() == (50 * MIB, 50 * MIB)
+    with ExitStack() as streams:
+        streams.enter_context(buffers.stream())
+        assert capacities() == (50 * MIB - STREAM_BYTES // 2,) * 2
+        for _ in range(100):
+            streams.enter_context(buffers.stream())
+        assert capacities() == (100 * MIB // 8,) * 2
+    assert capacities() == (50 * MIB, 50 * MIB)
+
+
+async def test_room_that_becomes_free_by_resizing_is_granted() -> None:
+    """A budget that shrinks grants nothing until it is below its capacity again; one that grows grants at once."""
+    budget = BufferBudget(10)
+    first = await budget.reserve(8)
+    budget.resize(5)
+    asking = asyncio.create_task(budget.reserve(4))
+    await settled()
+    assert not asking.done()
+    budget.resize(12)
+    assert (await asking) is not None
+    first.release()
 
 
 @pytest.mark.parametrize(
