@@ -1,7 +1,8 @@
 """Bounds the bytes that a shard holds for payloads under way: whoever needs memory for one waits here for room.
 
-A shard has two budgets, each half of `exchange.buffer_mib`: one for pushes being received, one for updates and fetched
-fragments on their way out. Room is given in the order in which it was asked for.
+Of `exchange.buffer_mib` the process's own work and gRPC have a part, which grows with the open streams. The rest is two
+budgets, half for pushes being received, half for updates and fetched fragments on their way out. Room is given in the
+order in which it was asked for.
 
 Why nobody waits forever:
 
@@ -17,6 +18,8 @@ Why nobody waits forever:
 """
 
 import asyncio
+import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +28,16 @@ from dataclasses import dataclass
 from paceline_server.config import ServerConfig
 from paceline_wire import codecs
 
+_log = logging.getLogger(__name__)
+
 MIB = 1024 * 1024
 
 STALLED_S = 300.0
 """Seconds without a message after which a transfer gives up the room that others wait for. A message is 1 MiB, so links
 down to 28 kbit/s keep theirs, and a stuck worker that still answers pings does not hold up a run for good."""
+
+WORK_BYTES = 32 * MIB
+"""What the first pushes make a process take beside them, measured: scratch of threads, stacks, pages of libraries."""
 
 STREAM_BYTES = 6 * MIB
 """What gRPC holds of a stream whose peer is slow, measured: the message being written, in up to four copies of 1 MiB,
@@ -193,10 +201,12 @@ class Buffers:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self.incoming = BufferBudget(num_bytes // 2)
-        self.outgoing = BufferBudget(num_bytes // 2)
+        self.incoming = BufferBudget(0)
+        self.outgoing = BufferBudget(0)
         self._num_bytes = num_bytes
         self._num_streams = 0
+        self._most_streams = 0
+        self._divide(0)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -209,9 +219,19 @@ class Buffers:
 
     def _divide(self, num_streams: int) -> None:
         self._num_streams = num_streams
-        left_bytes = max(self._num_bytes - num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE))
+        wanted_bytes, least_bytes = WORK_BYTES + num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE)
+        left_bytes = max(self._num_bytes - wanted_bytes, least_bytes)
         self.incoming.resize(left_bytes // 2)
         self.outgoing.resize(left_bytes // 2)
+        if self._num_bytes - wanted_bytes < least_bytes and num_streams > self._most_streams:
+            # Told again only when it has doubled, so that many workers make a few lines.
+            self._most_streams = 2 * num_streams
+            _log.warning(
+                "%d open streams may take more than exchange.buffer_mib = %d in all; set it to at least %d",
+                num_streams,
+                self._num_bytes // MIB,
+                math.ceil(wanted_bytes / (1 - LEAST_SHARE) / MIB),
+            )
 
 
 def largest_payload_bytes(config: ServerConfig) -> int:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline_server.buffers import MIB, STREAM_BYTES, BufferBudget, Buffers, Room, largest_payload_bytes, shortage
+from paceline_server.buffers import (
+    MIB,
+    STREAM_BYTES,
+    WORK_BYTES,
+    BufferBudget,
+    Buffers,
+    Room,
+    largest_payload_bytes,
+    shortage,
+)
 from paceline_server.config import ServerConfig
 
 
@@ -183,7 +192,7 @@ def test_whatever_happens_the_budget_holds_and_nothing_is_lost(steps: list[tuple
 
 def test_open_streams_take_their_part_and_leave_some() -> None:
     """Each direction has half of what gRPC leaves; a quarter of the buffer remains however many streams are open."""
-    buffers = Buffers(100 * MIB)
+    buffers = Buffers(100 * MIB + WORK_BYTES)
 
     def capacities() -> tuple[int, int]:
         return buffers.incoming.capacity_bytes, buffers.outgoing.capacity_bytes
@@ -194,8 +203,23 @@ def test_open_streams_take_their_part_and_leave_some() -> None:
         assert capacities() == (50 * MIB - STREAM_BYTES // 2,) * 2
         for _ in range(100):
             streams.enter_context(buffers.stream())
-        assert capacities() == (100 * MIB // 8,) * 2
+        assert capacities() == ((100 * MIB + WORK_BYTES) // 8,) * 2
     assert capacities() == (50 * MIB, 50 * MIB)
+
+
+def test_more_streams_than_the_buffer_is_good_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The sentence names the size that would do, once; with that size there is nothing to tell."""
+    with ExitStack() as streams:
+        buffers = Buffers(100 * MIB)
+        for _ in range(11):
+            streams.enter_context(buffers.stream())
+        assert [record.getMessage() for record in caplog.records] == [
+            "8 open streams may take more than exchange.buffer_mib = 100 in all; set it to at least 107"
+        ]
+        buffers = Buffers(107 * MIB)
+        for _ in range(8):
+            streams.enter_context(buffers.stream())
+        assert len(caplog.records) == 1
 
 
 async def test_room_that_becomes_free_by_resizing_is_granted() -> None:
