@@ -46,7 +46,7 @@ class ShardProcesses:
             self.ports = [int(_next_line(process)["port"]) for process in self.processes]
             for process in self.processes:
                 _tell(process, {"ports": self.ports})
-            self.recoveries = [_next_line(process) for process in self.processes]
+            self.recoveries = [_recovery(_next_line(process)) for process in self.processes]
         except BaseException:
             self.stop()
             raise
@@ -112,6 +112,11 @@ def _next_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
     if "error" in message:
         raise ERRORS_BY_NAME[message["error"]](message["reason"])
     return message
+
+
+def _recovery(serving: dict[str, Any]) -> dict[str, Any]:
+    """What a shard that serves told of its recovery."""
+    return {key: value for key, value in serving.items() if key != "event"}
 
 
 def _ended(process: "subprocess.Popen[str]") -> int:

@@ -165,7 +165,7 @@ class ShardServer:
 
     def _register(self) -> None:
         pb_grpc.add_ParameterServerServiceServicer_to_server(self._service, self._server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine), self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine, self._snapshotter), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,

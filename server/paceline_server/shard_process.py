@@ -22,7 +22,7 @@ from paceline_server.config import ServerConfig
 from paceline_server.server import ShardServer
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.recovery import Recovered
-from paceline_wire.errors import ConfigurationError, StorageError
+from paceline_wire.errors import ERRORS_BY_NAME, ConfigurationError, StorageError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 
@@ -82,5 +82,6 @@ if __name__ == "__main__":
     try:
         sys.exit(uvloop.run(_serve()))
     except (ConfigurationError, StorageError) as error:
-        _tell(error=type(error).__name__, reason=str(error))
+        named = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in ERRORS_BY_NAME)
+        _tell(error=named, reason=str(error))
         sys.exit(2)

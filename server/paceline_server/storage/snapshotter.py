@@ -41,7 +41,7 @@ class SnapshotCounters:
 
     Attributes:
         written: Snapshots that were finished.
-        finished_s: When the newest was, in seconds of time.monotonic; None before the first.
+        finished_s: When the newest was complete, in seconds of time.monotonic; None if there is none.
         problem: Why the last attempt failed, in a sentence; None if it did not.
     """
 
@@ -60,7 +60,7 @@ class Snapshotter:
     """
 
     def __init__(self, engine: Engine, durable: Durable, config: ServerConfig) -> None:
-        self.counters = SnapshotCounters()
+        self.durable = durable
         self._engine = engine
         self._directory = durable.directory
         self._journal = durable.journal
@@ -69,6 +69,7 @@ class Snapshotter:
         if config.storage.mirror is not None:
             self._mirror = Mirror(config.storage.mirror, engine.shard.index, config.storage.keep_snapshots)
         self._newest = max(self._directory.snapshot_numbers(), default=None)
+        self.counters = SnapshotCounters(finished_s=None if self._newest is None else self._finished_s(self._newest))
         self._pause_until_s = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-snapshot")
 
@@ -150,6 +151,11 @@ class Snapshotter:
                 config=kept_config(self._config),
             )
         )
+
+    def _finished_s(self, number: int) -> float:
+        """When a snapshot of an earlier process was complete, in seconds of time.monotonic."""
+        written_s = self._directory.snapshot_path(number).stat().st_mtime
+        return time.monotonic() - max(0.0, time.time() - written_s)
 
     def _mirrored(self, number: int) -> None:
         """Copy a snapshot to where it is mirrored; a mirror that cannot be reached does not hold up the shard."""
