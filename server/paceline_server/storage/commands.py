@@ -24,8 +24,8 @@ _DATA_DIR = click.Path(exists=True, file_okay=False, path_type=Path)
 def repair(data_dir: Path, restores: bool, as_json: bool) -> None:
     """Show what is wrong with the run in DATA_DIR, and with --restore go back to its last good point.
 
-    The server must be stopped. Without --restore nothing is changed, and exit code 1 means that something is wrong. With
-    it, what does not fit any more is set aside in the folder `damaged`, and nothing is deleted.
+    The server must be stopped. Without --restore nothing is changed, and exit code 1 means that something is wrong.
+    With it, what does not fit any more is set aside in the folder `damaged`; nothing is deleted.
     """
     from paceline_server.storage.directory import shard_directories
     from paceline_server.storage.repair import examine, restore
