@@ -96,13 +96,13 @@ def restore(directory: ShardDirectory, found: Examination) -> Recovered:
     recovered, _ = recover_what_is_whole(directory)
     if recovered.config is None:
         raise StorageError(f"{directory.path} has no configuration: there is nothing to bring back")
-    older = [part.path for part in (*found.snapshots, *found.segments)]
-    number = max(found.newest, recovered.newest_record, *(part.first for part in found.segments), 0) + 1
+    older = [*found.snapshots, *found.segments]
+    number = max(found.newest, recovered.newest_record, *(part.first for part in older)) + 1
     write_state(
         directory, recovered.shard, number=number, time_s=recovered.time_s, config=kept_config(recovered.config)
     )
-    for path in older:
-        _set_aside(directory, path)
+    for part in older:
+        _set_aside(directory, part.path)
     return recovered
 
 
