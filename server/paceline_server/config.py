@@ -21,6 +21,12 @@ BLOCK_ELEMENTS = 256
 MAX_FRAGMENT_ELEMENTS = 1 << 24
 """64 MiB as float32: a fragment is held whole several times over while it is received, applied and sent."""
 
+DEFAULT_BUFFER_MIB = 256
+"""Sixteen updates of the default fragment in bf16 on their way at once, and some sixty pushes in int4."""
+
+MAX_BUFFER_MIB = 1 << 20
+"""A TiB."""
+
 MAX_COUNT = (1 << 32) - 1
 """Counts travel as uint32."""
 
@@ -109,6 +115,14 @@ class ExchangeConfig(Section):
         le=8,
         description="Rounds that a worker may have in flight before it waits. Under barrier and quorum, more than one "
         "makes a worker push twice to a bin, or late to the one before.",
+    )
+    buffer_mib: int = Field(
+        default=DEFAULT_BUFFER_MIB,
+        ge=1,
+        le=MAX_BUFFER_MIB,
+        description="MiB that a shard may hold for payloads under way, half for pushes being received and half for "
+        "updates, however many workers and however slow their links; they wait for each other's room. At least twice "
+        "the largest payload.",
     )
 
     @field_validator("downlink", mode="before")

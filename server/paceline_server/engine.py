@@ -10,19 +10,24 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from paceline_server.buffers import MIB, Buffers, Room
+from paceline_server.config import DEFAULT_BUFFER_MIB
 from paceline_server.fragment import FragmentValues
-from paceline_server.hosted import FragmentCopy
+from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
+from paceline_server.streams import OpenStreams
+from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError, StorageError, StorageFullError, UnavailableError
@@ -46,36 +51,14 @@ class ReceivedPush:
         request: Who pushes what.
         codec: How it is written.
         payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
+        room: What they take of the shard's buffer; the engine gives it back.
     """
 
     fragment: int
     request: PushRequest
     codec: Codec
     payload: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A fragment's values at one moment.
-
-    Attributes:
-        bin: The bin that gradients computed from them belong to.
-        values: The values in the codec asked for.
-    """
-
-    bin: int
-    values: Outgoing
-
-
-class Recipient(Protocol):
-    """Where a worker's answers go: its open stream."""
-
-    @property
-    def downlink(self) -> Codec:
-        """How its updates are to be written."""
-
-    def deliver(self, fragment: int, answer: Answer, values: Outgoing) -> None:
-        """Queue an answer with the fragment's values; does nothing once the stream has ended."""
+    room: Room
 
 
 class Engine:
@@ -95,6 +78,7 @@ class Engine:
         clock: Seconds that only grow.
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
+        buffers: What payloads under way may take; None: the default of exchange.buffer_mib.
     """
 
     def __init__(
@@ -105,8 +89,11 @@ class Engine:
         *,
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.shard = shard
+        self.buffers = buffers or Buffers.of(DEFAULT_BUFFER_MIB * MIB)
+        self.streams = OpenStreams()
         self.clock = clock
         self.warning: str | None = None
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -171,7 +158,7 @@ class Engine:
     def submit(self, push: ReceivedPush, recipient: Recipient) -> "asyncio.Task[None]":
         """Begin to process a push; its answer goes to the recipient when its schedule says so.
 
-        The task ends when the push is decided and applied. It must not be cancelled.
+        The task ends when the push is decided and applied, and its room is given back. It must not be cancelled.
 
         Raises:
             NotInitializedError: The shard's parameters are not complete.
@@ -180,17 +167,42 @@ class Engine:
         self._recipients[push.request.worker, push.request.incarnation, push.fragment] = recipient
         return self._event(self._push(push))
 
-    async def snapshot(self, index: int, codec: Codec) -> Snapshot:
-        """A fragment's current values.
+    async def snapshot(self, index: int, codec: Codec) -> tuple[int, Encoded]:
+        """A fragment's current values, and the bin that gradients computed from them belong to.
 
         Raises:
             NotInitializedError: The shard's parameters are not complete.
             InvalidInputError: The fragment does not live here.
         """
+        fragment, _ = self.shard.hosted(index)
+        async with self._encoded_with_lock(index, codec, with_momentum=False) as encoded:
+            return fragment.ledger.issuing_bin, encoded
+
+    async def newest(self, index: int, answer: Answer, codec: Codec) -> tuple[Answer, Encoded]:
+        """What an answer is now that was decided when the buffer had no room for its values; waits for room.
+
+        Raises:
+            InvalidInputError: The fragment does not live here.
+        """
+        fragment, _ = self.shard.hosted(index)
+        async with self._encoded_with_lock(index, codec, with_momentum=self._with_momentum(fragment)) as encoded:
+            return self.shard.answer_with_newest(index, answer), encoded
+
+    @asynccontextmanager
+    async def _encoded_with_lock(self, index: int, codec: Codec, *, with_momentum: bool) -> AsyncIterator[Encoded]:
+        """A fragment's values, while its lock is held and they are its newest; room first, then the lock."""
         fragment, values = self.shard.hosted(index)
-        async with self._locks[index]:
-            encoded = await self._in_thread(lambda: outgoing(codec, values.encoded(codec)))
-            return Snapshot(bin=fragment.ledger.issuing_bin, values=encoded)
+        num_elements = fragment.plan.num_elements * (2 if with_momentum else 1)
+        room = await self.buffers.outgoing.reserve(codec.encoded_bytes(num_elements))
+        try:
+            async with self._locks[index]:
+                encoded = await self._in_thread(
+                    lambda: outgoing(codec, values.encoded(codec, with_momentum=with_momentum))
+                )
+                yield Encoded(values=encoded, room=room)
+        except BaseException:
+            room.release()
+            raise
 
     def forget(self, recipient: Recipient) -> None:
         """Send nothing more to a recipient whose stream has ended."""
@@ -228,6 +240,7 @@ class Engine:
                 _log.info("%s", sentence)
             if given_up:
                 await self.membership_changed()
+            self.streams.keep_only(self.shard.membership.members)
             try:
                 for index in list(self._locks):
                     await asyncio.shield(self._event(self._close_if_due(index)))
@@ -250,6 +263,12 @@ class Engine:
         self._threads.shutdown()
 
     async def _push(self, push: ReceivedPush) -> None:
+        try:
+            await self._decide_and_apply(push)
+        finally:
+            push.room.release()
+
+    async def _decide_and_apply(self, push: ReceivedPush) -> None:
         async with self._locks[push.fragment]:
             request = await self._with_problem(push)
             now_s = self.clock()
@@ -304,11 +323,10 @@ class Engine:
     ) -> None:
         """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
         fragment, values = self.shard.hosted(index)
-        with_momentum = self._send_momentum and fragment.plan.role == "parameter"
+        with_momentum = self._with_momentum(fragment)
         recipients = [
             (answer, self._recipients.get((answer.worker, answer.incarnation, index))) for answer in decision.answers
         ]
-        downlinks = {recipient.downlink for _, recipient in recipients if recipient is not None}
         contributing = push if decision.contribution is not None else None
         record = Decided(
             fragment=index,
@@ -320,19 +338,28 @@ class Engine:
             payload=contributing.payload if contributing is not None else None,
         )
         number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
+        num_elements = values.num_elements * (2 if with_momentum else 1)
+        present = [recipient for _, recipient in recipients if recipient is not None]
+        rooms = rooms_for(self.buffers.outgoing, present, num_elements)
         try:
             followed_s, encoded = await self._in_thread(
-                lambda: _follow_and_encode(values, decision, contributing, downlinks, with_momentum=with_momentum)
+                lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
             )
+            self.replay_s += followed_s
+            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+            fragment.record = number
+            for answer, recipient in recipients:
+                if recipient is not None:
+                    recipient.deliver(index, answer, share_of(encoded, rooms, recipient.downlink))
         except Exception as error:
-            self._fail(f"the numbers of fragment {index} could not follow record {number}: {error!r}")
+            self._fail(f"fragment {index} could not follow record {number}: {error!r}")
             raise
-        self.replay_s += followed_s
-        self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
-        fragment.record = number
-        for answer, recipient in recipients:
-            if recipient is not None:
-                recipient.deliver(index, answer, encoded[recipient.downlink])
+        finally:
+            for room in rooms.values():
+                room.release()
+
+    def _with_momentum(self, fragment: HostedFragment) -> bool:
+        return self._send_momentum and fragment.plan.role == "parameter"
 
     async def _append(self, record: Record) -> int:
         """Keep a record; returns its number.

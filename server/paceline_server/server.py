@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
+from paceline_server.buffers import MIB, Buffers, shortage
 from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
@@ -75,9 +76,12 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
+            buffers=Buffers.of(config.exchange.buffer_mib * MIB),
         )
         durable = self._store.durable
         self._snapshotter = Snapshotter(self._engine, durable, config) if durable is not None else None
+        if (short := shortage(config)) is not None:
+            _log.warning("%s", short)
         self._shards: list[pb.Shard] = []
         self._service = ParameterServerService(
             self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards

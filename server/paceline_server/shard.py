@@ -10,12 +10,14 @@ import torch
 from paceline_server.fragment import FragmentValues
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.ledger import (
+    Answer,
     Decision,
     Ledger,
     Outcome,
     PushRequest,
     Roster,
     Schedule,
+    answer_with_newest,
     decide_close,
     decide_push,
     next_close_s,
@@ -234,6 +236,10 @@ class Shard:
     def decide_close(self, now: float, index: int) -> tuple[Decision, Ledger] | None:
         """Decide whether a fragment's bin closes; nothing changes until `keep`."""
         return decide_close(self.schedule, self._fragments[index].ledger, now, self.roster())
+
+    def answer_with_newest(self, index: int, answer: Answer) -> Answer:
+        """An answer as it is when a fragment's values of this moment go with it."""
+        return answer_with_newest(self.schedule, self._fragments[index].ledger, answer)
 
     def keep(self, index: int, decision: Decision, ledger: Ledger, worker: str | None) -> None:
         """Make a decision the state, and count it; worker is the one whose push it was."""
