@@ -60,8 +60,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         )
 
     def _warnings(self) -> list[str]:
-        problem = self._snapshotter.counters.problem if self._snapshotter is not None else None
-        return [warning for warning in (self._engine.warning, problem) if warning is not None]
+        warnings = [self._engine.warning]
+        if self._snapshotter is not None:
+            warnings += [self._snapshotter.durable.journal.problem, self._snapshotter.counters.problem]
+        return [warning for warning in warnings if warning is not None]
 
 
 def _storage_status(snapshotter: Snapshotter) -> admin_pb2.StorageStatus:

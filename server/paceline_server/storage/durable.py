@@ -68,6 +68,11 @@ class DurableJournal:
         self._has_waiting.set()
         return await waiting.number
 
+    @property
+    def problem(self) -> str | None:
+        """Why the last record could not be kept, in a sentence; None if it could."""
+        return None if self._full is None else str(self._full)
+
     def refuse_when_full(self) -> None:
         """Say so if there was no room and there is none yet; see Journal."""
         if self._full is None:
