@@ -72,7 +72,7 @@ def _storage_status(snapshotter: Snapshotter) -> admin_pb2.StorageStatus:
     return admin_pb2.StorageStatus(
         sync=durable.journal.sync.value,
         newest_record=durable.journal.newest_record,
-        journal_bytes=durable.journal.bytes_since_rotation,
+        journal_bytes=snapshotter.journal_bytes,
         snapshots=counters.written,
         snapshot_age_ms=None if age_s is None else round(age_s * 1000),
         recovered_records=durable.recovered.replayed,
