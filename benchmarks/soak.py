@@ -47,8 +47,8 @@ WARM_UP = 0.3
 """Part of the rounds that does not count: until then malloc's heap and the libraries' caches reach their size."""
 
 BOUND_MIB = 0.5
-"""Growth per 1000 rounds above which the soak fails. Half a KiB a round is far below what a forgotten message, payload or
-update for each reconnect would make, and a million rounds then stay within half a GiB. What is known to grow is the
+"""Growth per 1000 rounds above which the soak fails. Half a KiB a round is far below what a forgotten message, payload
+or update for each reconnect would make, and a million rounds then stay within half a GiB. What is known to grow is the
 ledger: for each name that ever pushed, some 0.6 KiB a fragment."""
 
 PATIENCE_S = 60.0

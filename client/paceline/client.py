@@ -55,7 +55,7 @@ class Client:
         exchange = session.configuration.exchange
         uplink_codec = self._uplink_codec = codecs.codec_of_wire(exchange.uplink)
         self._downlink = codecs.codec_of_wire(exchange.downlink)
-        # Not through self: a client in a cycle would keep its residuals, as large as the model, until a full collection.
+        # Not through self: in a cycle, the residuals, as large as the model, would stay until a full collection.
         self._uplinks: defaultdict[int, Uplink] = defaultdict(lambda: Uplink(uplink_codec))
         # Exchanges may overlap; each fragment's pushes must be encoded and sent in one order.
         self._orders: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)

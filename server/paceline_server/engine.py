@@ -20,22 +20,26 @@ import torch
 from paceline_server.buffers import MIB, Buffers, Room
 from paceline_server.config import DEFAULT_BUFFER_MIB
 from paceline_server.fragment import FragmentValues
-from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
+from paceline_server.hosted import FragmentCopy, HostedFragment
+from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest, answer_with_newest
 from paceline_server.newest import NewestValues, Wanted
-from paceline_server.shard import HostedFragment, Shard
+from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
 from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import CodecError
+from paceline_wire.errors import CodecError, StorageError, StorageFullError, UnavailableError
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Outgoing, outgoing
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 Clock = Callable[[], float]
+
+FULL_DISK_S = 1.0
+"""Seconds between attempts to close bins that are due while the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,15 @@ class ReceivedPush:
 
 
 class Engine:
-    """A shard in operation.
+    """A shard in operation. Belongs to one event loop, and is made in it.
+
+    Attributes:
+        shard: Its state.
+        clock: Seconds that only grow.
+        warning: What the operator should know of the settings; None if they suit the workers.
+        failed: Why the shard must end, once it must.
+        replay_s: Processor seconds that replaying what was decided since the newest snapshot would take.
+        membership_record: The newest record of the journal that has the membership.
 
     Args:
         shard: Its state.
@@ -85,11 +97,14 @@ class Engine:
         self._newest = NewestValues(self.buffers.outgoing, self._encode_newest)
         self.clock = clock
         self.warning: str | None = None
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.replay_s = 0.0
+        self.membership_record = 0
         self._send_momentum = send_momentum
         self._watch = watch
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._locks = {index: asyncio.Lock() for index in shard.fragments}
         self._initializing = asyncio.Lock()
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
         self._events: set[asyncio.Task[Any]] = set()
@@ -109,7 +124,14 @@ class Engine:
         if not self.shard.begin_initialization(manifest, initialization_id):
             return False
         self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
-        await self._journal.append(Initialized(manifest=manifest, initialization_id=initialization_id))
+        await self._append(
+            Initialized(
+                manifest=manifest,
+                initialization_id=initialization_id,
+                shard=self.shard.index,
+                num_shards=self.shard.num_shards,
+            )
+        )
         return True
 
     async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
@@ -122,8 +144,17 @@ class Engine:
         num_elements = self.shard.plan_of(index).num_elements
         self.shard.refuse_second_values(index)
         values = await self._in_thread(lambda: codecs.decode(codec, payload, num_elements))
-        await self._journal.append(FragmentInitialized(fragment=index, payload=payload))
+        record = await self._append(FragmentInitialized(fragment=index, payload=payload))
         self.shard.initialize_fragment(index, values)
+        self.shard.fragments[index].record = record
+
+    def refuse_when_full(self) -> None:
+        """Say so before anything is received that could not be kept.
+
+        Raises:
+            StorageFullError: The disk was full, and still is.
+        """
+        self._journal.refuse_when_full()
 
     def submit(self, push: ReceivedPush, recipient: Recipient) -> "asyncio.Task[None]":
         """Begin to process a push; its answer goes to the recipient when its schedule says so.
@@ -175,18 +206,44 @@ class Engine:
         for key in [key for key, value in self._recipients.items() if value is recipient]:
             del self._recipients[key]
 
+    async def copied(self, index: int) -> FragmentCopy:
+        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made."""
+        async with self._locks[index]:
+            return await self._in_thread(self.shard.fragments[index].copied)
+
     def roster_changed(self) -> None:
         """Look again which bins close: a worker joined or left."""
         self._roster_changed.set()
 
+    async def membership_changed(self) -> None:
+        """Keep the membership as it is now, and look again which bins close.
+
+        A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
+        """
+        self.roster_changed()
+        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state())
+        try:
+            number = await self._append(record)
+        except StorageFullError as error:
+            _log.warning("a change of the membership is not in the journal: %s", error)
+            return
+        self.membership_record = max(self.membership_record, number)
+
     async def watch_time(self) -> None:
         """Do what time alone makes due (leases, grace windows); runs until cancelled."""
         while True:
-            for sentence in self.shard.membership.expire(self.clock()):
+            given_up = self.shard.membership.expire(self.clock())
+            for sentence in given_up:
                 _log.info("%s", sentence)
+            if given_up:
+                await self.membership_changed()
             self.streams.keep_only(self.shard.membership.members)
-            for index in list(self._locks):
-                await asyncio.shield(self._event(self._close_if_due(index)))
+            try:
+                for index in list(self._locks):
+                    await asyncio.shield(self._event(self._close_if_due(index)))
+            except StorageFullError as error:
+                _log.warning("a bin that is due cannot close: %s", error)
+                await asyncio.sleep(FULL_DISK_S)
             next_s = self.shard.next_event_s()
             wait_s = None if next_s is None else max(next_s - self.clock(), 0.0)
             try:
@@ -277,25 +334,50 @@ class Engine:
             codec=contributing.codec.name if contributing is not None else None,
             payload=contributing.payload if contributing is not None else None,
         )
-        if decision.outcome is not Outcome.DUPLICATE:
-            await self._journal.append(record)
+        number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
         num_elements = values.num_elements * (2 if with_momentum else 1)
         present = [recipient for _, recipient in recipients if recipient is not None]
         rooms = rooms_for(self.buffers.outgoing, present, num_elements)
         try:
-            encoded = await self._in_thread(
+            followed_s, encoded = await self._in_thread(
                 lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
             )
+            self.replay_s += followed_s
             self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+            fragment.record = number
             for answer, recipient in recipients:
                 if recipient is not None:
                     recipient.deliver(index, answer, share_of(encoded, rooms, recipient.downlink))
+        except Exception as error:
+            self._fail(f"fragment {index} could not follow record {number}: {error!r}")
+            raise
         finally:
             for room in rooms.values():
                 room.release()
 
     def _with_momentum(self, fragment: HostedFragment) -> bool:
         return self._send_momentum and fragment.plan.role == "parameter"
+
+    async def _append(self, record: Record) -> int:
+        """Keep a record; returns its number.
+
+        Raises:
+            StorageFullError: There is no room for it; nothing was kept.
+            UnavailableError: The journal failed, and the shard ends.
+        """
+        try:
+            return await self._journal.append(record)
+        except StorageFullError:
+            raise
+        except StorageError as error:
+            self._fail(str(error))
+            raise UnavailableError(f"the shard ends, since its journal failed: {error}") from error
+
+    def _fail(self, reason: str) -> None:
+        """End the shard: what is in memory is no longer what the journal says, and only a restart mends that."""
+        if not self.failed.done():
+            _log.critical("the shard ends: %s", reason)
+            self.failed.set_result(reason)
 
     def _event(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
@@ -314,10 +396,18 @@ def _follow_and_encode(
     downlinks: set[Codec],
     *,
     with_momentum: bool,
-) -> dict[Codec, Outgoing]:
-    """Change the numbers as decided, then write them in every codec that is asked for."""
+) -> tuple[float, dict[Codec, Outgoing]]:
+    """Change the numbers as decided, then write them in every codec that is asked for.
+
+    Returns:
+        The processor seconds that the change took, and the values by codec.
+    """
+    began_s = time.thread_time()
     if push is None:
         values.follow(decision)
     else:
         values.follow(decision, push.codec, push.payload)
-    return {codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks}
+    followed_s = time.thread_time() - began_s
+    return followed_s, {
+        codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks
+    }

@@ -153,7 +153,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
         if member.worker not in known:
             _log.info("%s", reason)
-            self._engine.roster_changed()
+            await self._engine.membership_changed()
         return pb.JoinResponse(
             worker_index=member.index,
             lease_ms=round(membership.lease_s * 1000),
@@ -176,7 +176,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """End a membership."""
         reason = self._engine.shard.membership.leave(request.worker.worker_id, request.worker.incarnation)
         _log.info("%s", reason)
-        self._engine.roster_changed()
+        await self._engine.membership_changed()
         return pb.LeaveResponse()
 
     async def Fetch(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
@@ -219,6 +219,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 raise UnavailableError("the server is stopping")
             worker = message.open.worker
             self._engine.shard.refuse_uninitialized()
+            self._engine.refuse_when_full()
             self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
             return ExchangeStream(self._engine, worker, self._downlink(message.open.downlink), context.write)
         raise InvalidInputError("an exchange stream begins with `open`")

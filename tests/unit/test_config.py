@@ -160,7 +160,7 @@ class TestRefusals:
             ("exchange.dynamic_inner_steps", "perhaps", "should be a valid boolean"),
             ("exchange.own_weight", 2, "should be '1/M', '1', 'local' or 'predicted'"),
             ("exchange.window", 9, "should be less than or equal to 8"),
-            ("storage.data_dir", "state", "the state is held in memory; leave it out"),
+            ("storage.mirror", "file:///tmp/mirror", "needs storage.data_dir"),
             ("storage.sync", "always", "should be 'commit', 'interval' or 'never'"),
             ("security.tls_cert", "missing.pem", "cannot be read: No such file or directory"),
             ("security.token_file", "missing.txt", "cannot be read: No such file or directory"),
