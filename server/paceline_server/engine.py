@@ -17,7 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from paceline_server.evidence import Evidence, EvidenceKeeper, NoEvidence
 from paceline_server.fragment import FragmentValues
+from paceline_server.guard import checked_norm, median_of
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.shard import Shard
@@ -32,6 +34,12 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 Clock = Callable[[], float]
 
+FORGET_EVERY_S = 60.0
+"""Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
+
+OVERSLEPT_S = 0.1
+"""Lateness from which on the process counts as having been stopped, or too busy to read what workers sent."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedPush:
@@ -42,12 +50,14 @@ class ReceivedPush:
         request: Who pushes what.
         codec: How it is written.
         payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
+        norm: Its L2 norm, once it was looked at; None before, and if it is not finite.
     """
 
     fragment: int
     request: PushRequest
     codec: Codec
     payload: torch.Tensor
+    norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +93,7 @@ class Engine:
         clock: Seconds that only grow.
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
+        evidence: Where pushes go that were refused for what they contained; None: nowhere.
     """
 
     def __init__(
@@ -93,12 +104,14 @@ class Engine:
         *,
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
+        evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
         self.clock = clock
         self.warning: str | None = None
         self._send_momentum = send_momentum
         self._watch = watch
+        self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
         self._locks: dict[int, asyncio.Lock] = {}
@@ -167,20 +180,30 @@ class Engine:
             del self._recipients[key]
 
     def roster_changed(self) -> None:
-        """Look again which bins close: a worker joined or left."""
+        """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
 
     async def watch_time(self) -> None:
         """Do what time alone makes due (leases, grace windows); runs until cancelled."""
+        wake_s, forget_s = self.clock(), self.clock() + FORGET_EVERY_S
         while True:
-            for sentence in self.shard.membership.expire(self.clock()):
+            if self.clock() > wake_s + OVERSLEPT_S:
+                # What workers sent meanwhile must be read before they are judged by it.
+                await asyncio.sleep(self.shard.membership.heartbeat_s)
+            sentences = self.shard.membership.expire(self.clock())
+            for sentence in sentences:
                 _log.info("%s", sentence)
+            if sentences:
+                self.roster_changed()
+            if self.clock() >= forget_s:
+                self.shard.forget_gone(self.clock(), {index for index, lock in self._locks.items() if lock.locked()})
+                forget_s = self.clock() + FORGET_EVERY_S
             for index in list(self._locks):
                 await asyncio.shield(self._event(self._close_if_due(index)))
             next_s = self.shard.next_event_s()
-            wait_s = None if next_s is None else max(next_s - self.clock(), 0.0)
+            wake_s = max(self.clock(), forget_s if next_s is None else min(next_s, forget_s))
             try:
-                await asyncio.wait_for(self._roster_changed.wait(), wait_s)
+                await asyncio.wait_for(self._roster_changed.wait(), wake_s - self.clock())
             except TimeoutError:
                 continue
             self._roster_changed.clear()
@@ -194,10 +217,12 @@ class Engine:
 
     async def _push(self, push: ReceivedPush) -> None:
         async with self._locks[push.fragment]:
-            request = await self._with_problem(push)
-            now_s = self.clock()
+            self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
+            push = await self._inspected(push)
+            now_s, request = self.clock(), push.request
+            recent_norms = self.shard.fragments[push.fragment].norms
             decision, ledger = self.shard.decide_push(now_s, push.fragment, request)
-            if request.problem is not None:
+            if decision.outcome is Outcome.REFUSED and request.problem is not None:
                 _log.warning(
                     "refused push %d of worker %s to fragment %d: %s",
                     request.seq,
@@ -208,6 +233,13 @@ class Engine:
             await self._carry_out(push.fragment, now_s, decision, ledger, push)
             if self.shard.schedule.quorum is not None:
                 self._roster_changed.set()
+            quarantined = self.shard.note_conduct(self.clock(), request, push.norm, decision)
+        if decision.outcome is Outcome.REFUSED and request.problem is not None:
+            await self._evidence.keep(_evidence(push, request.problem, median_of(recent_norms)))
+        if quarantined is not None:
+            _log.warning("%s", quarantined)
+            self.roster_changed()
+            self.shard.membership.quarantine.refuse(self.clock(), request.worker)
         if decision.contribution is not None:
             await self._look_at_stability(decision.contribution.bins_late)
 
@@ -224,15 +256,17 @@ class Engine:
         elif self.warning is None and before is not None:
             _log.info("the outer settings suit %d workers again", seen.workers)
 
-    async def _with_problem(self, push: ReceivedPush) -> PushRequest:
-        """The request, with the reason why its content cannot be applied, if there is one."""
+    async def _inspected(self, push: ReceivedPush) -> ReceivedPush:
+        """The push with its norm, and with the reason why its content cannot be applied, if there is one."""
         num_elements = self.shard.push_elements(push.fragment)
+        norm: float | None = None
         try:
-            await self._in_thread(lambda: push.codec.check(push.payload, num_elements))
+            norm = await self._in_thread(lambda: checked_norm(push.codec, push.payload, num_elements))
         except CodecError as error:
-            problem = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
-            return replace(push.request, problem=problem)
-        return push.request
+            problem: str | None = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
+        else:
+            problem = self.shard.outlier_problem(push.fragment, norm)
+        return replace(push, norm=norm, request=replace(push.request, problem=problem))
 
     async def _close_if_due(self, index: int) -> None:
         async with self._locks[index]:
@@ -261,13 +295,14 @@ class Engine:
             ledger=ledger,
             codec=contributing.codec.name if contributing is not None else None,
             payload=contributing.payload if contributing is not None else None,
+            norm=push.norm if push is not None else None,
         )
         if decision.outcome is not Outcome.DUPLICATE:
             await self._journal.append(record)
         encoded = await self._in_thread(
             lambda: _follow_and_encode(values, decision, contributing, downlinks, with_momentum=with_momentum)
         )
-        self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+        self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
         for answer, recipient in recipients:
             if recipient is not None:
                 recipient.deliver(index, answer, encoded[recipient.downlink])
@@ -280,6 +315,20 @@ class Engine:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _evidence(push: ReceivedPush, problem: str, median: float | None) -> Evidence:
+    return Evidence(
+        worker=push.request.worker,
+        incarnation=push.request.incarnation,
+        fragment=push.fragment,
+        seq=push.request.seq,
+        problem=problem,
+        codec=push.codec.name,
+        payload=push.payload,
+        norm=push.norm,
+        median=median,
+    )
 
 
 def _follow_and_encode(

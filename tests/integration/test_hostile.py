@@ -157,7 +157,7 @@ def test_updates_come_in_no_other_codec(hostile: RawWorker, downlink: int) -> No
 
 
 def test_only_members_push(address: str, hostile: RawWorker) -> None:
-    """Who has not joined, or has left, is told to join."""
+    """Who has not joined is told to join, and who has left that it is over."""
     precondition = grpc.StatusCode.FAILED_PRECONDITION
     with RawWorker(address, "nobody") as nobody, nobody.exchange() as stream:
         expect(stream.end(), "NotAMemberError", precondition, "join again")
@@ -167,7 +167,10 @@ def test_only_members_push(address: str, hostile: RawWorker) -> None:
         nobody.leave()
     hostile.leave()
     with hostile.exchange() as stream:
-        expect(stream.end(), "NotAMemberError", precondition, "join again")
+        expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "has left with this incarnation")
+    with pytest.raises(grpc.RpcError) as refused:
+        hostile.join()
+    expect(ended(refused.value), "SupersededError", grpc.StatusCode.ABORTED, "join as a newer one")
 
 
 def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
@@ -179,7 +182,7 @@ def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
             stream.update()
             raw.leave()
             stream.push(0, 2, 0, torch.ones(FRAGMENT))
-            expect(stream.end(), "NotAMemberError", grpc.StatusCode.FAILED_PRECONDITION, "join again")
+            expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "has left with this incarnation")
 
 
 def test_a_superseded_incarnation_must_stop(address: str) -> None:
