@@ -70,7 +70,7 @@ def test_pushes_of_zeros_tell_nothing() -> None:
 @prop
 @given(recent=st.lists(norms, min_size=ENOUGH_NORMS, max_size=REMEMBERED_NORMS), norm=norms, scale=st.integers(-60, 60))
 def test_judgement_is_free_of_units(recent: list[float], norm: float, scale: int) -> None:
-    """Scaling all norms alike, to the ends of what float32 holds, changes no judgement; the lower half always passes."""
+    """Scaling all norms alike changes no judgement, and what is below the factor always passes."""
     base, factor = known(*recent), 2.0**scale
     allowed = GUARD.problem(0, norm, base) is None
     middle = median_of(base)
@@ -141,7 +141,7 @@ def test_what_is_not_finite_has_no_norm(name: str) -> None:
     codec = codecs.codec(name)
     for bad in (torch.nan, torch.inf):
         values = torch.ones(5000).index_fill(0, torch.tensor([4990]), bad)
-        with pytest.raises(CodecError, match="infinite|finite"):
+        with pytest.raises(CodecError, match="finite"):
             checked_norm(codec, codecs.encode(codec, values), 5000)
 
 
