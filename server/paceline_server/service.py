@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
@@ -49,8 +50,15 @@ def with_status(
             return await method(self, request, context)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     return translated
+
+
+def unreadable(error: DecodeError) -> InvalidInputError:
+    """What the sender of a stream is told whose message is no message; gRPC would call it an accident of the server."""
+    return InvalidInputError(f"a message is truncated, or no message of the protocol: {error}")
 
 
 class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
@@ -201,6 +209,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 self._streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
         async for message in messages:

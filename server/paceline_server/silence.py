@@ -13,6 +13,9 @@ SHORTEST_HEARTBEAT_S, LONGEST_HEARTBEAT_S = 0.2, 2.0
 LOST_HEARTBEATS = 3
 """Heartbeats that may be missing however regular they are, and in the shortest lease."""
 
+SHORTEST_SILENCE_S = 1.0
+"""Allowed even where heartbeats are asked for more often: any busy machine holds a process up for so long."""
+
 _SILENCE_AGAIN = 1.5
 """A worker that came back after a silence may be silent for so much longer the next time."""
 
@@ -42,7 +45,7 @@ class Silences:
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
         self.heartbeat_s = heartbeat_interval_s(lease_s)
-        self._floor_s = min(LOST_HEARTBEATS * self.heartbeat_s, lease_s)
+        self._floor_s = min(max(LOST_HEARTBEATS * self.heartbeat_s, SHORTEST_SILENCE_S), lease_s)
         self._histories: dict[str, _History] = {}
 
     def allowed_s(self, worker: str) -> float:
