@@ -200,8 +200,9 @@ class Engine:
                 forget_s = self.clock() + FORGET_EVERY_S
             for index in list(self._locks):
                 await asyncio.shield(self._event(self._close_if_due(index)))
-            next_s = self.shard.next_event_s()
-            wake_s = max(self.clock(), forget_s if next_s is None else min(next_s, forget_s))
+            # A heartbeat from now on may allow its worker less silence than it had, but never less than the shortest.
+            next_s, wake_s = self.shard.next_event_s(), self.clock() + self.shard.membership.shortest_silence_s
+            wake_s = wake_s if next_s is None else max(self.clock(), min(next_s, wake_s))
             try:
                 await asyncio.wait_for(self._roster_changed.wait(), wake_s - self.clock())
             except TimeoutError:

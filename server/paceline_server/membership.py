@@ -99,6 +99,11 @@ class Membership:
         """Seconds between the heartbeats that workers are asked for."""
         return self._silences.heartbeat_s
 
+    @property
+    def shortest_silence_s(self) -> float:
+        """Seconds of silence that every worker is allowed."""
+        return self._silences.shortest_s
+
     def allowed_silence_s(self, worker: str) -> float:
         """Seconds of silence after which an active worker is given up."""
         return self._silences.allowed_s(worker)

@@ -45,7 +45,7 @@ class Silences:
     def __init__(self, lease_s: float) -> None:
         self.lease_s = lease_s
         self.heartbeat_s = heartbeat_interval_s(lease_s)
-        self._floor_s = min(max(LOST_HEARTBEATS * self.heartbeat_s, SHORTEST_SILENCE_S), lease_s)
+        self.shortest_s = min(max(LOST_HEARTBEATS * self.heartbeat_s, SHORTEST_SILENCE_S), lease_s)
         self._histories: dict[str, _History] = {}
 
     def allowed_s(self, worker: str) -> float:
@@ -57,7 +57,7 @@ class Silences:
         """Begin a worker's history, or go on with that of the same incarnation, which was given up and is back."""
         history = self._histories.get(worker)
         if history is None or history.incarnation != incarnation:
-            gaps = Gaps(floor_s=self._floor_s, longest_s=self.lease_s)
+            gaps = Gaps(floor_s=self.shortest_s, longest_s=self.lease_s)
             self._histories[worker] = _History(incarnation, gaps, now, self.lease_s)
             return
         # One gap among many would be an outlier, and the worker be given up again and again.
