@@ -166,7 +166,7 @@ class PlayedShard:
     def join(self, worker: str, incarnation: int = 1) -> None:
         """Make a worker active."""
         self.shard.membership.join(self.now_s, worker, incarnation)
-        self._append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state()))
+        self._append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state(self.now_s)))
 
     def push(self, worker: str, seq: int, fragment: int, *, codec: str = "int4", seed: int = 0) -> None:
         """Let a push arrive, be kept, and be applied."""

@@ -20,7 +20,9 @@ import torch
 
 from paceline_server.buffers import MIB, Buffers, Room
 from paceline_server.config import DEFAULT_BUFFER_MIB
+from paceline_server.evidence import Evidence, EvidenceKeeper, NoEvidence
 from paceline_server.fragment import FragmentValues
+from paceline_server.guard import checked_norm, median_of
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
@@ -40,6 +42,11 @@ Clock = Callable[[], float]
 
 FULL_DISK_S = 1.0
 """Seconds between attempts to close bins that are due while the disk is full."""
+FORGET_EVERY_S = 60.0
+"""Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
+
+OVERSLEPT_S = 0.1
+"""Lateness from which on the process counts as having been stopped, or too busy to read what workers sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class ReceivedPush:
         codec: How it is written.
         payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
         room: What they take of the shard's buffer; the engine gives it back.
+        norm: Its L2 norm, once it was looked at; None before, and if it is not finite.
     """
 
     fragment: int
@@ -59,6 +67,7 @@ class ReceivedPush:
     codec: Codec
     payload: torch.Tensor
     room: Room
+    norm: float | None = None
 
 
 class Engine:
@@ -79,6 +88,7 @@ class Engine:
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
         buffers: What payloads under way may take; None: the default of exchange.buffer_mib.
+        evidence: Where pushes go that were refused for what they contained; None: nowhere.
     """
 
     def __init__(
@@ -90,6 +100,7 @@ class Engine:
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
         buffers: Buffers | None = None,
+        evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
         self.buffers = buffers or Buffers.of(DEFAULT_BUFFER_MIB * MIB)
@@ -101,6 +112,7 @@ class Engine:
         self.membership_record = 0
         self._send_momentum = send_momentum
         self._watch = watch
+        self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
         self._locks = {index: asyncio.Lock() for index in shard.fragments}
@@ -215,7 +227,7 @@ class Engine:
             return await self._in_thread(self.shard.fragments[index].copied)
 
     def roster_changed(self) -> None:
-        """Look again which bins close: a worker joined or left."""
+        """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
 
     async def membership_changed(self) -> None:
@@ -224,7 +236,8 @@ class Engine:
         A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
         """
         self.roster_changed()
-        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state())
+        now_s = self.clock()
+        record = MembershipChanged(time_s=now_s, membership=self.shard.membership.state(now_s))
         try:
             number = await self._append(record)
         except StorageFullError as error:
@@ -234,23 +247,31 @@ class Engine:
 
     async def watch_time(self) -> None:
         """Do what time alone makes due (leases, grace windows); runs until cancelled."""
+        wake_s, forget_s = self.clock(), self.clock() + FORGET_EVERY_S
         while True:
-            given_up = self.shard.membership.expire(self.clock())
-            for sentence in given_up:
+            if self.clock() > wake_s + OVERSLEPT_S:
+                # What workers sent meanwhile must be read before they are judged by it.
+                await asyncio.sleep(self.shard.membership.heartbeat_s)
+            sentences = self.shard.membership.expire(self.clock())
+            for sentence in sentences:
                 _log.info("%s", sentence)
-            if given_up:
+            if sentences:
                 await self.membership_changed()
             self.streams.keep_only(self.shard.membership.members)
+            if self.clock() >= forget_s:
+                self.shard.forget_gone(self.clock(), {index for index, lock in self._locks.items() if lock.locked()})
+                forget_s = self.clock() + FORGET_EVERY_S
             try:
                 for index in list(self._locks):
                     await asyncio.shield(self._event(self._close_if_due(index)))
             except StorageFullError as error:
                 _log.warning("a bin that is due cannot close: %s", error)
                 await asyncio.sleep(FULL_DISK_S)
-            next_s = self.shard.next_event_s()
-            wait_s = None if next_s is None else max(next_s - self.clock(), 0.0)
+            # A heartbeat from now on may allow its worker less silence than it had, but never less than the shortest.
+            next_s, wake_s = self.shard.next_event_s(), self.clock() + self.shard.membership.shortest_silence_s
+            wake_s = wake_s if next_s is None else max(self.clock(), min(next_s, wake_s))
             try:
-                await asyncio.wait_for(self._roster_changed.wait(), wait_s)
+                await asyncio.wait_for(self._roster_changed.wait(), wake_s - self.clock())
             except TimeoutError:
                 continue
             self._roster_changed.clear()
@@ -270,10 +291,12 @@ class Engine:
 
     async def _decide_and_apply(self, push: ReceivedPush) -> None:
         async with self._locks[push.fragment]:
-            request = await self._with_problem(push)
-            now_s = self.clock()
+            self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
+            push = await self._inspected(push)
+            now_s, request = self.clock(), push.request
+            recent_norms = self.shard.fragments[push.fragment].norms
             decision, ledger = self.shard.decide_push(now_s, push.fragment, request)
-            if request.problem is not None:
+            if decision.outcome is Outcome.REFUSED and request.problem is not None:
                 _log.warning(
                     "refused push %d of worker %s to fragment %d: %s",
                     request.seq,
@@ -284,6 +307,13 @@ class Engine:
             await self._carry_out(push.fragment, now_s, decision, ledger, push)
             if self.shard.schedule.quorum is not None:
                 self._roster_changed.set()
+            quarantined = self.shard.note_conduct(self.clock(), request, push.norm, decision)
+        if decision.outcome is Outcome.REFUSED and request.problem is not None:
+            await self._evidence.keep(_evidence(push, request.problem, median_of(recent_norms)))
+        if quarantined is not None:
+            _log.warning("%s", quarantined)
+            await self.membership_changed()
+            self.shard.membership.quarantine.refuse(self.clock(), request.worker)
         if decision.contribution is not None:
             await self._look_at_stability(decision.contribution.bins_late)
 
@@ -300,15 +330,17 @@ class Engine:
         elif self.warning is None and before is not None:
             _log.info("the outer settings suit %d workers again", seen.workers)
 
-    async def _with_problem(self, push: ReceivedPush) -> PushRequest:
-        """The request, with the reason why its content cannot be applied, if there is one."""
+    async def _inspected(self, push: ReceivedPush) -> ReceivedPush:
+        """The push with its norm, and with the reason why its content cannot be applied, if there is one."""
         num_elements = self.shard.push_elements(push.fragment)
+        norm: float | None = None
         try:
-            await self._in_thread(lambda: push.codec.check(push.payload, num_elements))
+            norm = await self._in_thread(lambda: checked_norm(push.codec, push.payload, num_elements))
         except CodecError as error:
-            problem = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
-            return replace(push.request, problem=problem)
-        return push.request
+            problem: str | None = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
+        else:
+            problem = self.shard.outlier_problem(push.fragment, norm)
+        return replace(push, norm=norm, request=replace(push.request, problem=problem))
 
     async def _close_if_due(self, index: int) -> None:
         async with self._locks[index]:
@@ -336,6 +368,7 @@ class Engine:
             ledger=ledger,
             codec=contributing.codec.name if contributing is not None else None,
             payload=contributing.payload if contributing is not None else None,
+            norm=push.norm if push is not None else None,
         )
         number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
         num_elements = values.num_elements * (2 if with_momentum else 1)
@@ -346,7 +379,7 @@ class Engine:
                 lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
             )
             self.replay_s += followed_s
-            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
             fragment.record = number
             for answer, recipient in recipients:
                 if recipient is not None:
@@ -390,6 +423,20 @@ class Engine:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _evidence(push: ReceivedPush, problem: str, median: float | None) -> Evidence:
+    return Evidence(
+        worker=push.request.worker,
+        incarnation=push.request.incarnation,
+        fragment=push.fragment,
+        seq=push.request.seq,
+        problem=problem,
+        codec=push.codec.name,
+        payload=push.payload,
+        norm=push.norm,
+        median=median,
+    )
 
 
 def _follow_and_encode(

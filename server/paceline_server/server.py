@@ -76,6 +76,7 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
+            evidence=self._store.evidence,
             buffers=Buffers.of(config.exchange.buffer_mib * MIB),
         )
         durable = self._store.durable

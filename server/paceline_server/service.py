@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
@@ -52,8 +53,15 @@ def with_status(
             return await method(self, request, context)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     return translated
+
+
+def unreadable(error: DecodeError) -> InvalidInputError:
+    """What the sender of a stream is told whose message is no message; gRPC would call it an accident of the server."""
+    return InvalidInputError(f"a message is truncated, or no message of the protocol: {error}")
 
 
 class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
@@ -149,14 +157,15 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Make the caller an active worker."""
         _require_version(request.protocol_version)
         membership = self._engine.shard.membership
-        known = membership.active
+        known = {(member.worker, member.incarnation) for member in membership.members}
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
-        if member.worker not in known:
+        if (member.worker, member.incarnation) not in known:
             _log.info("%s", reason)
             await self._engine.membership_changed()
         return pb.JoinResponse(
             worker_index=member.index,
             lease_ms=round(membership.lease_s * 1000),
+            heartbeat_ms=max(1, round(membership.heartbeat_s * 1000)),
             inner_steps=membership.inner_steps(member.worker),
             active_workers=len(membership.active),
         )
@@ -166,7 +175,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Renew a lease."""
         membership = self._engine.shard.membership
         worker = request.worker.worker_id
-        membership.require(self._engine.clock(), worker, request.worker.incarnation)
+        membership.heartbeat(self._engine.clock(), worker, request.worker.incarnation)
         if request.HasField("inner_step_us"):
             membership.report_speed(worker, request.inner_step_us / 1e6)
         return pb.HeartbeatResponse(inner_steps=membership.inner_steps(worker), active_workers=len(membership.active))
@@ -174,7 +183,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     @with_status
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a membership."""
-        reason = self._engine.shard.membership.leave(request.worker.worker_id, request.worker.incarnation)
+        now_s, worker = self._engine.clock(), request.worker
+        reason = self._engine.shard.membership.leave(now_s, worker.worker_id, worker.incarnation)
         _log.info("%s", reason)
         await self._engine.membership_changed()
         return pb.LeaveResponse()
@@ -208,6 +218,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             await abort(context, error)
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
         async for message in messages:

@@ -49,6 +49,7 @@ class _Decided:
     decision: Decision
     ledger: Ledger
     codec: str | None
+    norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ def write_record(record: Record) -> Written:
             decision=record.decision,
             ledger=record.ledger,
             codec=record.codec,
+            norm=record.norm,
         )
         return Written("decided", _DECIDED.dump_json(said), _bytes_of(record.payload))
     if isinstance(record, MembershipChanged):
@@ -113,6 +115,7 @@ def read_record(written: Written) -> Record:
                 ledger=decided.ledger,
                 codec=decided.codec,
                 payload=None if decided.codec is None else payload_tensor(payload),
+                norm=decided.norm,
             )
         if kind == "membership-changed":
             return _MEMBERSHIP_CHANGED.validate_json(said)
