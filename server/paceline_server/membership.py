@@ -246,6 +246,7 @@ class Membership:
         for worker in self._departures.forget_due(now):
             del self._newest_incarnation[worker]
             self._silences.forget(worker)
+        self.quarantine.forget_all_but(self._members)
 
     def in_ledgers(self, now: float) -> frozenset[str]:
         """Names of all whose pushes must still be known, so that what is sent again is not applied again."""

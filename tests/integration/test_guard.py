@@ -212,6 +212,13 @@ def test_a_quarantine_ends_by_itself() -> None:
 # --- The engine: what it records and keeps aside.
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    opened: Any = safetensors.safe_open(path, framework="pt")
+    found: dict[str, str] = opened.metadata()
+    return found
+
+
 class Records(NoJournal):
     """Keeps the records of decisions."""
 
@@ -260,7 +267,7 @@ async def test_refused_pushes_are_kept_aside_and_norms_are_recorded(tmp_path: Pa
         await push(ENOUGH + 3, 0.5)
     await engine.finish()
     files = await asyncio.to_thread(lambda: sorted(tmp_path.iterdir()))
-    metadata = [safetensors.safe_open(path, framework="pt").metadata() for path in files]
+    metadata = [metadata_of(path) for path in files]
     assert [(one["seq"], one["codec"], "norm" in one, "median" in one) for one in metadata] == [
         ("9", "int4", True, True),
         ("10", "int4", False, True),
