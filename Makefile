@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-stability bench-real clean
+.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-durability bench-stability bench-real clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -37,6 +37,10 @@ bench-convergence: $(VENV)/.dev
 # The papers' settings through real processes and sockets, beside the simulator.
 bench-real: $(VENV)/.dev
 	$(BIN)/python benchmarks/real.py $(BENCH_FLAGS)
+
+# What durability costs, and how fast a killed server is back.
+bench-durability: $(VENV)/.dev
+	$(BIN)/python benchmarks/durability.py $(BENCH_FLAGS)
 
 bench-stability: $(VENV)/.dev
 	$(BIN)/python benchmarks/stability.py $(BENCH_FLAGS)

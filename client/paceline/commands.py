@@ -1,4 +1,4 @@
-"""The client's commands that look at a running server: status and export.
+"""The client's commands that look at a run: status and export.
 
 torch and grpc are imported by the functions that need them: `paceline --help` loads this module too.
 """
@@ -6,15 +6,18 @@ torch and grpc are imported by the functions that need them: `paceline --help` l
 import asyncio
 import json
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline_wire.errors import InvalidInputError, NotInitializedError
+
 if TYPE_CHECKING:
     import torch
 
-    from paceline.client import Client
+    from paceline_wire.manifest import Manifest
     from paceline_wire.v1 import admin_pb2
 
 REACH_S = 5.0
@@ -59,18 +62,33 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object about what was written.")
 def export(address: str, token: str | None, tls: bool, tls_ca: str | None, output: Path, as_json: bool) -> None:
-    """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes."""
+    """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes.
+
+    ADDRESS is host:port of a running server, or the data directory of a stopped one.
+    """
     if not output.absolute().parent.is_dir():
         raise click.BadParameter(f"the folder {output.absolute().parent} does not exist", param_hint="OUTPUT")
     import safetensors.torch
 
-    tensors = asyncio.run(_parameters(address, token, tls_ca or tls))
+    if Path(address).is_dir():
+        tensors = _in_model_dtypes(*_data_directory_reader()(Path(address)))
+    else:
+        tensors = _in_model_dtypes(*asyncio.run(_parameters(address, token, tls_ca or tls)))
     safetensors.torch.save_file(tensors, output)
     elements = sum(tensor.numel() for tensor in tensors.values())
     if as_json:
         click.echo(json.dumps({"path": str(output), "tensors": len(tensors), "elements": elements}))
         return
     click.echo(f"wrote {len(tensors)} tensors with {elements:,} elements to {output}")
+
+
+def _data_directory_reader() -> "Callable[[Path], tuple[Manifest, dict[str, torch.Tensor]]]":
+    """What reads a data directory: the server's part of Paceline knows how, and offers it as an entry point."""
+    found = list(entry_points(group="paceline.readers", name="data-directory"))
+    if not found:
+        raise InvalidInputError("reading a data directory needs the server's part of Paceline, which is not installed")
+    reader: Callable[[Path], tuple[Manifest, dict[str, torch.Tensor]]] = found[0].load()
+    return reader
 
 
 async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[admin_pb2.StatusResponse]":
@@ -80,19 +98,20 @@ async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[a
         return await client.statuses()
 
 
-async def _parameters(address: str, token: str | None, tls: str | bool) -> "dict[str, torch.Tensor]":
+async def _parameters(address: str, token: str | None, tls: str | bool) -> "tuple[Manifest, dict[str, torch.Tensor]]":
     from paceline.client import connect
 
     async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
         base = await client.fetch("fp32")
-        return _in_model_dtypes(client, base.tensors)
+        if client.manifest is None:
+            raise NotInitializedError(f"the run at {address} has no parameters yet")
+        return client.manifest, base.tensors
 
 
-def _in_model_dtypes(client: "Client", tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+def _in_model_dtypes(manifest: "Manifest", tensors: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
     import torch
 
-    specs = client.manifest.tensors if client.manifest is not None else ()
-    return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in specs}
+    return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in manifest.tensors}
 
 
 def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
@@ -119,7 +138,19 @@ def _shard_text(shard: "admin_pb2.StatusResponse") -> str:
         f"  pushes: {shard.pushes_applied} applied ({late:.2f} bins late on average), "
         f"{shard.pushes_duplicate} seen again, {shard.pushes_refused} refused, {shard.pushes_outlying} of them for "
         f"their norm\n"
-        f"  bytes: {shard.bytes_received:,} received, {shard.bytes_sent:,} sent"
+        f"  bytes: {shard.bytes_received:,} received, {shard.bytes_sent:,} sent\n"
+        f"  state: {_storage_text(shard)}"
+    )
+
+
+def _storage_text(shard: "admin_pb2.StatusResponse") -> str:
+    if not shard.HasField("storage"):
+        return "in memory, ends with the process"
+    storage = shard.storage
+    age = f"{storage.snapshot_age_ms / 1000:.0f} s ago" if storage.HasField("snapshot_age_ms") else "none yet"
+    return (
+        f"at record {storage.newest_record}, sync {storage.sync}; newest snapshot {age}, "
+        f"{storage.journal_bytes:,} bytes of journal after it"
     )
 
 

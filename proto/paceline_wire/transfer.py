@@ -60,12 +60,7 @@ class Assembly:
 
     def __init__(self, announced: pb.Payload, num_elements: int) -> None:
         self.codec = codecs.codec_of_wire(announced.codec)
-        expected = self.codec.encoded_bytes(num_elements)
-        if announced.num_bytes != expected:
-            raise CodecError(
-                f"a payload of {announced.num_bytes} bytes was announced; "
-                f"{num_elements} elements in {self.codec.name} are {expected} bytes"
-            )
+        expected = _expected_bytes(announced, num_elements)
         self._crc32 = announced.crc32 if announced.HasField("crc32") else None
         self._buffer = torch.empty(expected, dtype=torch.uint8)
         self._view = self._buffer.numpy().data
@@ -102,14 +97,26 @@ class Assembly:
         return self._buffer
 
 
+def _expected_bytes(announced: pb.Payload, num_elements: int) -> int:
+    """The announced size, which must be the codec's for num_elements."""
+    codec = codecs.codec_of_wire(announced.codec)
+    expected = codec.encoded_bytes(num_elements)
+    if announced.num_bytes != expected:
+        raise CodecError(
+            f"a payload of {announced.num_bytes} bytes was announced; "
+            f"{num_elements} elements in {codec.name} are {expected} bytes"
+        )
+    return expected
+
+
 class Receiver:
     """Payloads as they arrive on one stream, one after the other."""
 
     def __init__(self) -> None:
         self._current: Assembly | None = None
 
-    def begin(self, announced: pb.Payload, num_elements: int) -> None:
-        """Expect a new payload.
+    def required_bytes(self, announced: pb.Payload, num_elements: int) -> int:
+        """Bytes that `begin` will take for a payload, for whoever must have room for them first.
 
         Raises:
             InvalidInputError: The payload before is not complete.
@@ -117,6 +124,16 @@ class Receiver:
         """
         if self._current is not None:
             raise InvalidInputError("a payload was announced before the one before it was complete")
+        return _expected_bytes(announced, num_elements)
+
+    def begin(self, announced: pb.Payload, num_elements: int) -> None:
+        """Expect a new payload, and take memory for it.
+
+        Raises:
+            InvalidInputError: The payload before is not complete.
+            CodecError: See Assembly.
+        """
+        self.required_bytes(announced, num_elements)
         self._current = Assembly(announced, num_elements)
 
     def add(self, data: bytes) -> Assembly | None:

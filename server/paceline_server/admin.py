@@ -1,10 +1,12 @@
 """The operator's face of a shard: its status."""
 
+import time
 from typing import Any
 
 import grpc.aio
 
 from paceline_server.engine import Engine
+from paceline_server.storage.snapshotter import Snapshotter
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 
 
@@ -13,10 +15,12 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
 
     Args:
         engine: The shard in operation.
+        snapshotter: What writes its snapshots; None if its state is in memory.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, snapshotter: Snapshotter | None) -> None:
         self._engine = engine
+        self._snapshotter = snapshotter
         self._started_s = engine.clock()
 
     async def Status(
@@ -60,5 +64,26 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 )
                 for held in membership.quarantine.workers(now)
             ],
-            warnings=[self._engine.warning] if self._engine.warning is not None else [],
+            warnings=self._warnings(),
+            storage=None if self._snapshotter is None else _storage_status(self._snapshotter),
         )
+
+    def _warnings(self) -> list[str]:
+        warnings = [self._engine.warning]
+        if self._snapshotter is not None:
+            warnings += [self._snapshotter.durable.journal.problem, self._snapshotter.counters.problem]
+        return [warning for warning in warnings if warning is not None]
+
+
+def _storage_status(snapshotter: Snapshotter) -> admin_pb2.StorageStatus:
+    durable, counters = snapshotter.durable, snapshotter.counters
+    age_s = None if counters.finished_s is None else time.monotonic() - counters.finished_s
+    return admin_pb2.StorageStatus(
+        sync=durable.journal.sync.value,
+        newest_record=durable.journal.newest_record,
+        journal_bytes=snapshotter.journal_bytes,
+        snapshots=counters.written,
+        snapshot_age_ms=None if age_s is None else round(age_s * 1000),
+        recovered_records=durable.recovered.replayed,
+        recovery_ms=round(durable.recovered.took_s * 1000),
+    )

@@ -5,23 +5,26 @@ import json
 import logging
 from pathlib import Path
 
-from paceline_server.journal import Decided, Record
+from paceline_server.journal import Decided, Journal, Record
+from paceline_server.ledger import PushRequest
 from paceline_wire.errors import ConfigurationError
 
 _log = logging.getLogger(__name__)
 
 
 class ArrivalRecorder:
-    """A journal that keeps who pushed what when, one JSON object a line, and no numbers.
+    """A journal that also writes who pushed what when, one JSON object a line, and no numbers.
 
     Args:
+        journal: What keeps the records.
         path: The file to append to.
 
     Raises:
         ConfigurationError: The file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, journal: Journal, path: Path) -> None:
+        self._journal = journal
         self._path = path
         self._failed = False
         try:
@@ -29,17 +32,25 @@ class ArrivalRecorder:
         except OSError as error:
             raise ConfigurationError(f"storage.arrivals: {path} cannot be written: {error.strerror}") from error
 
-    async def append(self, record: Record) -> None:
-        """Write a line if the record is of a push. A disk that is full ends the record, not the run."""
-        if self._failed or not isinstance(record, Decided) or record.push is None:
-            return
+    async def append(self, record: Record) -> int:
+        """Keep a record, and write a line if it is of a push. A disk that is full ends the lines, not the run."""
+        number = await self._journal.append(record)
+        if not self._failed and isinstance(record, Decided) and record.push is not None:
+            self._write_line(record, record.push)
+        return number
+
+    def refuse_when_full(self) -> None:
+        """As the journal says."""
+        self._journal.refuse_when_full()
+
+    def _write_line(self, record: Decided, push: PushRequest) -> None:
         line = {
             "time_s": record.time_s,
             "fragment": record.fragment,
-            "worker": record.push.worker,
-            "incarnation": record.push.incarnation,
-            "seq": record.push.seq,
-            "base_bin": record.push.base_bin,
+            "worker": push.worker,
+            "incarnation": push.incarnation,
+            "seq": push.seq,
+            "base_bin": push.base_bin,
             "outcome": record.decision.outcome.value,
         }
         try:
@@ -48,7 +59,8 @@ class ArrivalRecorder:
             self._give_up(error)
 
     async def close(self) -> None:
-        """Bring the lines to the disk."""
+        """Bring records and lines to the disk."""
+        await self._journal.close()
         try:
             await asyncio.to_thread(self._file.close)
         except OSError as error:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 import click
 import uvloop
@@ -32,22 +33,21 @@ def serve(config: ServerConfig, as_json: bool) -> None:
     With --shards N, N processes listen on N ports in a row; clients find them all from any one.
     """
     if config.shards == 1:
-        uvloop.run(_serve_here(config, as_json))
+        sys.exit(uvloop.run(_serve_here(config, as_json)))
     else:
         sys.exit(_serve_in_processes(config, as_json))
 
 
-async def _serve_here(config: ServerConfig, as_json: bool) -> None:
+async def _serve_here(config: ServerConfig, as_json: bool) -> int:
     from paceline_server.server import ShardServer
-    from paceline_server.shard_process import shard_addresses, stop_signal
+    from paceline_server.shard_process import recovery_report, shard_addresses, stop_signal
 
     stopping = stop_signal()
     server = ShardServer(config, index=0)
     port = server.bind()
     await server.start(shard_addresses(config, [port]))
-    _announce(config, [port], as_json)
-    await stopping.wait()
-    await server.drain()
+    _announce(config, [port], [recovery_report(server.recovered)], as_json)
+    return await server.run_until(stopping)
 
 
 def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
@@ -57,26 +57,46 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
         signal.signal(number, lambda *_: stopping.set())
     shards = ShardProcesses(config)
     shards.start()
-    _announce(config, shards.ports, as_json)
+    _announce(config, shards.ports, shards.recoveries, as_json)
     while not stopping.wait(LOOK_EVERY_S) and not shards.ended():
         continue
     ended = shards.ended()
     code = shards.stop()
     if not ended:
         return code
-    click.echo(f"Error: shard {ended[0]} ended by itself; its state is lost, and the others were stopped", err=True)
+    state = "its state is lost" if config.storage.data_dir is None else "start the server again to go on"
+    click.echo(f"Error: shard {ended[0]} ended by itself, and the others were stopped; {state}", err=True)
     return ENDED_BY_ITSELF
 
 
-def _announce(config: ServerConfig, ports: list[int], as_json: bool) -> None:
+def _announce(config: ServerConfig, ports: list[int], recoveries: list[dict[str, Any]], as_json: bool) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     addresses = [f"{host}:{port}" for port in ports]
+    durable = config.storage.data_dir is not None
     if as_json:
-        click.echo(json.dumps({"event": "listening", "address": addresses[0], "shards": addresses, "durable": False}))
+        listening = {"event": "listening", "address": addresses[0], "shards": addresses, "durable": durable}
+        recovered = [{"shard": shard, **recovery} for shard, recovery in enumerate(recoveries) if recovery]
+        click.echo(json.dumps({**listening, "recovered": recovered} if durable else listening))
         return
-    click.echo(f"serving on {', '.join(addresses)}; the state is held in memory and ends with this process")
+    if durable:
+        click.echo(f"serving on {', '.join(addresses)}; the state is kept in {config.storage.data_dir}")
+    else:
+        click.echo(f"serving on {', '.join(addresses)}; the state is held in memory and ends with this process")
+    for shard, recovery in enumerate(recoveries):
+        _announce_recovery(shard, recovery)
     reachable = f"{socket.gethostname()}:{ports[0]}" if config.host in ("0.0.0.0", "::") else addresses[0]  # noqa: S104
     arguments = [repr(reachable), "model", "optimizer"]
     arguments += ["token=..."] if config.security.accepted_tokens() else []
     arguments += ["tls=..."] if config.security.tls_cert else []
     click.echo(f"workers join with: paceline.join({', '.join(arguments)})")
+
+
+def _announce_recovery(shard: int, recovery: dict[str, Any]) -> None:
+    if not recovery.get("recovered_records"):
+        return
+    click.echo(
+        f"shard {shard} is where it was at record {recovery['recovered_records']}: "
+        f"{recovery['replayed_records']} records replayed, in {recovery['recovery_ms'] / 1000:.1f} s"
+    )
+    for note in recovery["notes"]:
+        click.echo(f"shard {shard}: {note}", err=True)

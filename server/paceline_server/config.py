@@ -8,6 +8,7 @@ names a field and every problem is found at once.
 from pathlib import Path
 from typing import Literal
 
+from fsspec import available_protocols
 from pydantic import Field, ValidationInfo, field_validator
 
 from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
@@ -20,6 +21,12 @@ BLOCK_ELEMENTS = 256
 
 MAX_FRAGMENT_ELEMENTS = 1 << 24
 """64 MiB as float32: a fragment is held whole several times over while it is received, applied and sent."""
+
+DEFAULT_BUFFER_MIB = 256
+"""Sixteen updates of the default fragment in bf16 on their way at once, and some sixty pushes in int4."""
+
+MAX_BUFFER_MIB = 1 << 20
+"""A TiB."""
 
 MAX_COUNT = (1 << 32) - 1
 """Counts travel as uint32."""
@@ -111,6 +118,14 @@ class ExchangeConfig(Section):
         description="Rounds that a worker may have in flight before it waits. Under barrier and quorum, more than one "
         "makes a worker push twice to a bin, or late to the one before.",
     )
+    buffer_mib: int = Field(
+        default=DEFAULT_BUFFER_MIB,
+        ge=1,
+        le=MAX_BUFFER_MIB,
+        description="MiB that a shard may hold for payloads under way, half for pushes being received and half for "
+        "updates, however many workers and however slow their links; they wait for each other's room. At least twice "
+        "the largest payload.",
+    )
 
     @field_validator("downlink", mode="before")
     @classmethod
@@ -130,12 +145,38 @@ class StorageConfig(Section):
 
     data_dir: Path | None = Field(
         default=None,
-        description="Directory of the journal and the snapshots. This version holds the state in memory and refuses a "
-        "value.",
+        description="Directory of the journal and the snapshots, one folder in it for each shard. Left out: the state "
+        "is held in memory, and ends with the process.",
     )
     sync: Literal["commit", "interval", "never"] = Field(
         default="commit",
-        description="When the journal is forced to disk. Without effect while the state is held in memory.",
+        description="When the journal is forced to disk. commit: before a push is acknowledged, so that not even a "
+        "power failure loses one; interval: every sync_interval_s, which is what a power failure may cost; never: when "
+        "the system sees fit. A killed process loses nothing under any of them.",
+    )
+    sync_interval_s: float = Field(
+        default=1.0, gt=0, le=3600, allow_inf_nan=False, description="Seconds between that, with sync = 'interval'."
+    )
+    replay_s: float = Field(
+        default=4.0,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Processor seconds that replaying the journal may take before a snapshot is written: what bounds "
+        "how long a restart takes.",
+    )
+    keep_snapshots: int = Field(
+        default=2,
+        ge=1,
+        le=MAX_COUNT,
+        description="Snapshots that are kept, each with the journal after it, so that an older one can serve when the "
+        "newest is damaged.",
+    )
+    mirror: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="URL of a place to which snapshots are copied, such as s3://bucket/run or file:///mnt/backup: any "
+        "that fsspec knows. Left out: none.",
     )
 
     arrivals: Path | None = Field(
@@ -144,12 +185,19 @@ class StorageConfig(Section):
         "simulate --replay`; other shards append their index to the name. Left out: none.",
     )
 
-    @field_validator("data_dir")
+    @field_validator("mirror")
     @classmethod
-    def _state_is_in_memory(cls, data_dir: Path | None) -> Path | None:
-        if data_dir is not None:
-            raise ValueError("this version has no durable storage: the state is held in memory; leave it out")
-        return data_dir
+    def _mirror_can_be_reached(cls, mirror: str | None, info: ValidationInfo) -> str | None:
+        if mirror is None:
+            return None
+        if info.data.get("data_dir", mirror) is None:
+            raise ValueError("needs storage.data_dir: what is mirrored are its snapshots")
+        protocol = mirror.partition("://")[0]
+        if "://" not in mirror or protocol not in available_protocols():
+            raise ValueError(
+                f"should be a URL that fsspec knows, with one of {', '.join(sorted(available_protocols()))}"
+            )
+        return mirror
 
 
 class ServerConfig(Section):

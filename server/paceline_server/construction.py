@@ -20,10 +20,11 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
     Raises:
         ConfigurationError: The outer rule cannot be had; the text says why.
     """
+    rule, correction = rule_of(config)
     return Shard(
         index=index,
         num_shards=config.shards,
-        rule=_rule_of(config),
+        rule=rule,
         schedule=Schedule(
             kind=ScheduleKind(config.schedule.kind),
             quota=config.schedule.quota,
@@ -38,12 +39,19 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
             quarantine=Quarantine(rounds=config.guard.quarantine_rounds, duration_s=config.guard.quarantine_s),
         ),
         guard=Guard(outlier_factor=config.guard.outlier_factor) if config.guard.refuse_outliers else None,
-        correction=DirectionCorrection() if config.outer.correction == "heloco" else None,
+        correction=correction,
     )
 
 
-def _rule_of(config: ServerConfig) -> OuterRule:
-    return outer_rule(config.outer.rule, RuleSettings(rates=rates_of(config), inner_steps=config.exchange.inner_steps))
+def rule_of(config: ServerConfig) -> tuple[OuterRule, DirectionCorrection | None]:
+    """Return the outer rule, and what is done to pushes before it.
+
+    Raises:
+        ConfigurationError: The outer rule cannot be had; the text says why.
+    """
+    settings = RuleSettings(rates=rates_of(config), inner_steps=config.exchange.inner_steps)
+    correction = DirectionCorrection() if config.outer.correction == "heloco" else None
+    return outer_rule(config.outer.rule, settings), correction
 
 
 def rates_of(config: ServerConfig) -> Rates:
@@ -69,7 +77,7 @@ def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
             lr=config.outer.lr,
             momentum=config.outer.momentum,
             look_ahead=config.look_ahead,
-            local_momentum=_rule_of(config).local_momentum,
+            local_momentum=rule_of(config)[0].local_momentum,
         ),
         schedule=pb.ScheduleConfiguration(
             kind=pb.ScheduleKind.Value(f"SCHEDULE_KIND_{config.schedule.kind.upper()}"),

@@ -10,29 +10,39 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from paceline_server.buffers import MIB, Buffers, Room
+from paceline_server.config import DEFAULT_BUFFER_MIB
 from paceline_server.evidence import Evidence, EvidenceKeeper, NoEvidence
 from paceline_server.fragment import FragmentValues
 from paceline_server.guard import checked_norm, median_of
-from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal
+from paceline_server.hosted import FragmentCopy, HostedFragment
+from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
+from paceline_server.streams import OpenStreams
+from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import CodecError
+from paceline_wire.errors import CodecError, PacelineError, StorageError, StorageFullError, UnavailableError
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Outgoing, outgoing
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 Clock = Callable[[], float]
+
+FULL_DISK_S = 1.0
+"""Seconds between attempts to close bins that are due while the disk is full."""
 
 FORGET_EVERY_S = 60.0
 """Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
@@ -50,6 +60,7 @@ class ReceivedPush:
         request: Who pushes what.
         codec: How it is written.
         payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
+        room: What they take of the shard's buffer; the engine gives it back.
         norm: Its L2 norm, once it was looked at; None before, and if it is not finite.
     """
 
@@ -57,35 +68,20 @@ class ReceivedPush:
     request: PushRequest
     codec: Codec
     payload: torch.Tensor
+    room: Room
     norm: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A fragment's values at one moment.
+class Engine:
+    """A shard in operation. Belongs to one event loop, and is made in it.
 
     Attributes:
-        bin: The bin that gradients computed from them belong to.
-        values: The values in the codec asked for.
-    """
-
-    bin: int
-    values: Outgoing
-
-
-class Recipient(Protocol):
-    """Where a worker's answers go: its open stream."""
-
-    @property
-    def downlink(self) -> Codec:
-        """How its updates are to be written."""
-
-    def deliver(self, fragment: int, answer: Answer, values: Outgoing) -> None:
-        """Queue an answer with the fragment's values; does nothing once the stream has ended."""
-
-
-class Engine:
-    """A shard in operation.
+        shard: Its state.
+        clock: Seconds that only grow.
+        warning: What the operator should know of the settings; None if they suit the workers.
+        failed: Why the shard must end, once it must.
+        replay_s: Processor seconds that replaying what was decided since the newest snapshot would take.
+        membership_record: The newest record of the journal that has the membership.
 
     Args:
         shard: Its state.
@@ -93,6 +89,7 @@ class Engine:
         clock: Seconds that only grow.
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
+        buffers: What payloads under way may take; None: the default of exchange.buffer_mib.
         evidence: Where pushes go that were refused for what they contained; None: nowhere.
     """
 
@@ -104,17 +101,23 @@ class Engine:
         *,
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
+        buffers: Buffers | None = None,
         evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
+        self.buffers = buffers or Buffers.of(DEFAULT_BUFFER_MIB * MIB)
+        self.streams = OpenStreams()
         self.clock = clock
         self.warning: str | None = None
+        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.replay_s = 0.0
+        self.membership_record = 0
         self._send_momentum = send_momentum
         self._watch = watch
         self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
-        self._locks: dict[int, asyncio.Lock] = {}
+        self._locks = {index: asyncio.Lock() for index in shard.fragments}
         self._initializing = asyncio.Lock()
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
         self._events: set[asyncio.Task[Any]] = set()
@@ -134,7 +137,14 @@ class Engine:
         if not self.shard.begin_initialization(manifest, initialization_id):
             return False
         self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
-        await self._journal.append(Initialized(manifest=manifest, initialization_id=initialization_id))
+        await self._append(
+            Initialized(
+                manifest=manifest,
+                initialization_id=initialization_id,
+                shard=self.shard.index,
+                num_shards=self.shard.num_shards,
+            )
+        )
         return True
 
     async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
@@ -147,13 +157,22 @@ class Engine:
         num_elements = self.shard.plan_of(index).num_elements
         self.shard.refuse_second_values(index)
         values = await self._in_thread(lambda: codecs.decode(codec, payload, num_elements))
-        await self._journal.append(FragmentInitialized(fragment=index, payload=payload))
+        record = await self._append(FragmentInitialized(fragment=index, payload=payload))
         self.shard.initialize_fragment(index, values)
+        self.shard.fragments[index].record = record
+
+    def refuse_when_full(self) -> None:
+        """Say so before anything is received that could not be kept.
+
+        Raises:
+            StorageFullError: The disk was full, and still is.
+        """
+        self._journal.refuse_when_full()
 
     def submit(self, push: ReceivedPush, recipient: Recipient) -> "asyncio.Task[None]":
         """Begin to process a push; its answer goes to the recipient when its schedule says so.
 
-        The task ends when the push is decided and applied. It must not be cancelled.
+        The task ends when the push is decided and applied, and its room is given back. It must not be cancelled.
 
         Raises:
             NotInitializedError: The shard's parameters are not complete.
@@ -162,26 +181,70 @@ class Engine:
         self._recipients[push.request.worker, push.request.incarnation, push.fragment] = recipient
         return self._event(self._push(push))
 
-    async def snapshot(self, index: int, codec: Codec) -> Snapshot:
-        """A fragment's current values.
+    async def snapshot(self, index: int, codec: Codec) -> tuple[int, Encoded]:
+        """A fragment's current values, and the bin that gradients computed from them belong to.
 
         Raises:
             NotInitializedError: The shard's parameters are not complete.
             InvalidInputError: The fragment does not live here.
         """
+        fragment, _ = self.shard.hosted(index)
+        async with self._encoded_with_lock(index, codec, with_momentum=False) as encoded:
+            return fragment.ledger.issuing_bin, encoded
+
+    async def newest(self, index: int, answer: Answer, codec: Codec) -> tuple[Answer, Encoded]:
+        """What an answer is now that was decided when the buffer had no room for its values; waits for room.
+
+        Raises:
+            InvalidInputError: The fragment does not live here.
+        """
+        fragment, _ = self.shard.hosted(index)
+        async with self._encoded_with_lock(index, codec, with_momentum=self._with_momentum(fragment)) as encoded:
+            return self.shard.answer_with_newest(index, answer), encoded
+
+    @asynccontextmanager
+    async def _encoded_with_lock(self, index: int, codec: Codec, *, with_momentum: bool) -> AsyncIterator[Encoded]:
+        """A fragment's values, while its lock is held and they are its newest; room first, then the lock."""
         fragment, values = self.shard.hosted(index)
-        async with self._locks[index]:
-            encoded = await self._in_thread(lambda: outgoing(codec, values.encoded(codec)))
-            return Snapshot(bin=fragment.ledger.issuing_bin, values=encoded)
+        num_elements = fragment.plan.num_elements * (2 if with_momentum else 1)
+        room = await self.buffers.outgoing.reserve(codec.encoded_bytes(num_elements))
+        try:
+            async with self._locks[index]:
+                encoded = await self._in_thread(
+                    lambda: outgoing(codec, values.encoded(codec, with_momentum=with_momentum))
+                )
+                yield Encoded(values=encoded, room=room)
+        except BaseException:
+            room.release()
+            raise
 
     def forget(self, recipient: Recipient) -> None:
         """Send nothing more to a recipient whose stream has ended."""
         for key in [key for key, value in self._recipients.items() if value is recipient]:
             del self._recipients[key]
 
+    async def copied(self, index: int) -> FragmentCopy:
+        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made."""
+        async with self._locks[index]:
+            return await self._in_thread(self.shard.fragments[index].copied)
+
     def roster_changed(self) -> None:
         """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
+
+    async def membership_changed(self) -> None:
+        """Keep the membership as it is now, and look again which bins close.
+
+        A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
+        """
+        self.roster_changed()
+        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state(self.clock()))
+        try:
+            number = await self._append(record)
+        except StorageFullError as error:
+            _log.warning("a change of the membership is not in the journal: %s", error)
+            return
+        self.membership_record = max(self.membership_record, number)
 
     async def watch_time(self) -> None:
         """Do what time alone makes due (leases, grace windows); runs until cancelled."""
@@ -190,16 +253,21 @@ class Engine:
             if self.clock() > wake_s + OVERSLEPT_S:
                 # What workers sent meanwhile must be read before they are judged by it.
                 await asyncio.sleep(self.shard.membership.heartbeat_s)
-            sentences = self.shard.membership.expire(self.clock())
-            for sentence in sentences:
+            given_up = self.shard.membership.expire(self.clock())
+            for sentence in given_up:
                 _log.info("%s", sentence)
-            if sentences:
-                self.roster_changed()
+            if given_up:
+                await self.membership_changed()
+            self.streams.keep_only(self._refusal)
             if self.clock() >= forget_s:
                 self.shard.forget_gone(self.clock(), {index for index, lock in self._locks.items() if lock.locked()})
                 forget_s = self.clock() + FORGET_EVERY_S
-            for index in list(self._locks):
-                await asyncio.shield(self._event(self._close_if_due(index)))
+            try:
+                for index in list(self._locks):
+                    await asyncio.shield(self._event(self._close_if_due(index)))
+            except StorageFullError as error:
+                _log.warning("a bin that is due cannot close: %s", error)
+                await asyncio.sleep(FULL_DISK_S)
             # A heartbeat from now on may allow its worker less silence than it had, but never less than the shortest.
             next_s, wake_s = self.shard.next_event_s(), self.clock() + self.shard.membership.shortest_silence_s
             wake_s = wake_s if next_s is None else max(self.clock(), min(next_s, wake_s))
@@ -216,7 +284,17 @@ class Engine:
         await self._journal.close()
         self._threads.shutdown()
 
+    def _refusal(self, worker: pb.Worker) -> PacelineError | None:
+        """Why nothing is taken from a worker now; None if it is a member."""
+        return self.shard.membership.refusal(self.clock(), worker.worker_id, worker.incarnation)
+
     async def _push(self, push: ReceivedPush) -> None:
+        try:
+            await self._decide_and_apply(push)
+        finally:
+            push.room.release()
+
+    async def _decide_and_apply(self, push: ReceivedPush) -> None:
         async with self._locks[push.fragment]:
             self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
             push = await self._inspected(push)
@@ -239,7 +317,7 @@ class Engine:
             await self._evidence.keep(_evidence(push, request.problem, median_of(recent_norms)))
         if quarantined is not None:
             _log.warning("%s", quarantined)
-            self.roster_changed()
+            await self.membership_changed()
             self.shard.membership.quarantine.refuse(self.clock(), request.worker)
         if decision.contribution is not None:
             await self._look_at_stability(decision.contribution.bins_late)
@@ -282,11 +360,10 @@ class Engine:
     ) -> None:
         """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
         fragment, values = self.shard.hosted(index)
-        with_momentum = self._send_momentum and fragment.plan.role == "parameter"
+        with_momentum = self._with_momentum(fragment)
         recipients = [
             (answer, self._recipients.get((answer.worker, answer.incarnation, index))) for answer in decision.answers
         ]
-        downlinks = {recipient.downlink for _, recipient in recipients if recipient is not None}
         contributing = push if decision.contribution is not None else None
         record = Decided(
             fragment=index,
@@ -298,15 +375,50 @@ class Engine:
             payload=contributing.payload if contributing is not None else None,
             norm=push.norm if push is not None else None,
         )
-        if decision.outcome is not Outcome.DUPLICATE:
-            await self._journal.append(record)
-        encoded = await self._in_thread(
-            lambda: _follow_and_encode(values, decision, contributing, downlinks, with_momentum=with_momentum)
-        )
-        self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
-        for answer, recipient in recipients:
-            if recipient is not None:
-                recipient.deliver(index, answer, encoded[recipient.downlink])
+        number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
+        num_elements = values.num_elements * (2 if with_momentum else 1)
+        present = [recipient for _, recipient in recipients if recipient is not None]
+        rooms = rooms_for(self.buffers.outgoing, present, num_elements)
+        try:
+            followed_s, encoded = await self._in_thread(
+                lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
+            )
+            self.replay_s += followed_s
+            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
+            fragment.record = number
+            for answer, recipient in recipients:
+                if recipient is not None:
+                    recipient.deliver(index, answer, share_of(encoded, rooms, recipient.downlink))
+        except Exception as error:
+            self._fail(f"fragment {index} could not follow record {number}: {error!r}")
+            raise
+        finally:
+            for room in rooms.values():
+                room.release()
+
+    def _with_momentum(self, fragment: HostedFragment) -> bool:
+        return self._send_momentum and fragment.plan.role == "parameter"
+
+    async def _append(self, record: Record) -> int:
+        """Keep a record; returns its number.
+
+        Raises:
+            StorageFullError: There is no room for it; nothing was kept.
+            UnavailableError: The journal failed, and the shard ends.
+        """
+        try:
+            return await self._journal.append(record)
+        except StorageFullError:
+            raise
+        except StorageError as error:
+            self._fail(str(error))
+            raise UnavailableError(f"the shard ends, since its journal failed: {error}") from error
+
+    def _fail(self, reason: str) -> None:
+        """End the shard: what is in memory is no longer what the journal says, and only a restart mends that."""
+        if not self.failed.done():
+            _log.critical("the shard ends: %s", reason)
+            self.failed.set_result(reason)
 
     def _event(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
@@ -339,10 +451,18 @@ def _follow_and_encode(
     downlinks: set[Codec],
     *,
     with_momentum: bool,
-) -> dict[Codec, Outgoing]:
-    """Change the numbers as decided, then write them in every codec that is asked for."""
+) -> tuple[float, dict[Codec, Outgoing]]:
+    """Change the numbers as decided, then write them in every codec that is asked for.
+
+    Returns:
+        The processor seconds that the change took, and the values by codec.
+    """
+    began_s = time.thread_time()
     if push is None:
         values.follow(decision)
     else:
         values.follow(decision, push.codec, push.payload)
-    return {codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks}
+    followed_s = time.thread_time() - began_s
+    return followed_s, {
+        codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks
+    }

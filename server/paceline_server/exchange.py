@@ -1,24 +1,37 @@
 """One worker's exchange stream: pushes in, updates out, at the same time, with bounded buffers.
 
 Reading, applying and sending overlap, fragment by fragment. The stream stops reading while too many of its pushes are
-being processed or too many of its updates wait for the link; gRPC's flow control then holds the worker back.
+being processed, too many of its updates wait for the link, or the shard's buffer has no room for the next push
+(buffers.py); gRPC's flow control then holds the worker back. When a stream ends, whatever the reason, it gives back all
+that it holds, at once.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
+from paceline_server.buffers import STALLED_S, Room
 from paceline_server.engine import Engine, ReceivedPush
 from paceline_server.ledger import Answer, PushRequest
+from paceline_server.updates import Encoded
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import InvalidInputError, UnavailableError
-from paceline_wire.transfer import Outgoing, Receiver, pieces
+from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
+from paceline_wire.transfer import Assembly, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
-"""Pushes of one stream that may be processed at once: enough to keep every stage busy, few enough to bound memory."""
+"""Pushes of one stream that may be processed at once: enough to keep every stage busy, and others have their turn."""
 
 MAX_UNSENT = 4
 """Updates that may wait for the link before the stream stops reading."""
+
+
+class _Incoming(NamedTuple):
+    """A push that is being received. Not its message, which holds on to its first MiB."""
+
+    fragment: int
+    request: PushRequest
+    room: Room
 
 
 class ExchangeStream:
@@ -38,18 +51,20 @@ class ExchangeStream:
         downlink: Codec,
         write: Callable[[pb.ExchangeResponse], Awaitable[None]],
     ) -> None:
+        self.worker = worker
         self.downlink = downlink
         self._engine = engine
-        self._worker = worker
         self._write = write
         self._receiver = Receiver()
-        self._announced: pb.Push | None = None
+        self._incoming: _Incoming | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
-        self._unsent: asyncio.Queue[tuple[int, Answer, Outgoing]] = asyncio.Queue()
+        self._unsent: asyncio.Queue[tuple[int, Answer, Encoded | None]] = asyncio.Queue()
+        self._num_encoded = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._read_no_more = asyncio.Event()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ended = False
 
     async def run(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
         """Serve the stream until the worker closes its side.
@@ -68,7 +83,8 @@ class ExchangeStream:
             self._engine.forget(self)
             reading.cancel()
             sending.cancel()
-            self._end.cancel()
+            self._free()
+            await asyncio.gather(reading, sending, return_exceptions=True)
 
     async def drain(self) -> None:
         """Read nothing more, answer what has been received whole and can be answered, and end the stream."""
@@ -76,56 +92,88 @@ class ExchangeStream:
         for _ in range(MAX_PROCESSING):
             await self._processing.acquire()
         await self._unsent.join()
-        if not self._end.done():
-            sentence = "the server is stopping; send again what it has not acknowledged"
-            self._end.set_exception(UnavailableError(sentence))
+        self.end(UnavailableError("the server is stopping; send again what it has not acknowledged"))
 
-    def deliver(self, fragment: int, answer: Answer, values: Outgoing) -> None:
-        """Queue an answer with the fragment's values in the stream's downlink codec."""
-        self._unsent.put_nowait((fragment, answer, values))
+    def end(self, error: PacelineError) -> None:
+        """End the stream with an error; does nothing if it has ended."""
+        if not self._end.done():
+            self._end.set_exception(error)
+
+    @property
+    def has_values_waiting(self) -> bool:
+        """Whether an update waits here with its values, or is being sent."""
+        return self._num_encoded > 0
+
+    def deliver(self, fragment: int, answer: Answer, update: Encoded | None) -> None:
+        """Queue an answer; None: with the values that are the newest when its turn comes and there is room for them."""
+        if self._ended:
+            if update is not None:
+                update.room.release()
+            return
+        self._num_encoded += update is not None
+        self._unsent.put_nowait((fragment, answer, update))
         if self._unsent.qsize() >= MAX_UNSENT:
             self._has_room.clear()
 
     async def _read(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
         async for message in messages:
-            self._engine.shard.membership.require(
-                self._engine.clock(), self._worker.worker_id, self._worker.incarnation
-            )
+            self._engine.shard.membership.require(self._engine.clock(), self.worker.worker_id, self.worker.incarnation)
             if message.HasField("push"):
-                self._announced = message.push
                 self._note_speed(message.push)
-                num_elements = self._engine.shard.push_elements(message.push.fragment)
-                self._receiver.begin(message.push.payload, num_elements)
+                await self._begin(message.push)
             elif message.HasField("open"):
                 raise InvalidInputError("a stream is opened once; `open` came again")
             await self._take(message.data)
+            del message  # or it would stay until the next one comes
+
+    async def _begin(self, push: pb.Push) -> None:
+        """Get room for a push. Nothing is read meanwhile."""
+        num_elements = self._engine.shard.push_elements(push.fragment)
+        num_bytes = self._receiver.required_bytes(push.payload, num_elements)
+        request = PushRequest(
+            worker=self.worker.worker_id,
+            incarnation=self.worker.incarnation,
+            seq=push.seq,
+            base_bin=push.base_bin,
+            tokens=push.tokens if push.HasField("tokens") else None,
+        )
+        await self._has_room.wait()
+        room = await self._engine.buffers.incoming.reserve(num_bytes)
+        room.begin_transfer(self._end_stalled)
+        self._incoming = _Incoming(push.fragment, request, room)
+        self._receiver.begin(push.payload, num_elements)
 
     async def _take(self, data: bytes) -> None:
         """Take a message's payload bytes, and process the push that they complete."""
         assembly = self._receiver.add(data)
-        if assembly is None or self._announced is None:
+        if self._incoming is None:
             return
-        announced = self._announced
-        request = PushRequest(
-            worker=self._worker.worker_id,
-            incarnation=self._worker.incarnation,
-            seq=announced.seq,
-            base_bin=announced.base_bin,
-            tokens=announced.tokens if announced.HasField("tokens") else None,
-        )
+        self._incoming.room.moved()
+        if assembly is None:
+            return
+        self._incoming.room.end_transfer()
+        await self._process(self._incoming, assembly)
+
+    async def _process(self, incoming: "_Incoming", assembly: Assembly) -> None:
         payload = assembly.payload()
         self._engine.shard.counters.bytes_received += payload.numel()
-        await self._has_room.wait()
         await self._processing.acquire()
         if self._read_no_more.is_set():
             self._processing.release()
             return
-        push = ReceivedPush(fragment=announced.fragment, request=request, codec=assembly.codec, payload=payload)
+        push = ReceivedPush(
+            fragment=incoming.fragment,
+            request=incoming.request,
+            codec=assembly.codec,
+            payload=payload,
+            room=incoming.room,
+        )
         self._engine.submit(push, self).add_done_callback(self._processed)
+        self._incoming = None
 
     def _note_speed(self, push: pb.Push) -> None:
         if push.HasField("inner_step_us"):
-            self._engine.shard.membership.report_speed(self._worker.worker_id, push.inner_step_us / 1e6)
+            self._engine.shard.membership.report_speed(self.worker.worker_id, push.inner_step_us / 1e6)
 
     def _processed(self, event: "asyncio.Task[None]") -> None:
         self._processing.release()
@@ -135,15 +183,49 @@ class ExchangeStream:
 
     async def _send(self) -> None:
         while True:
-            fragment, answer, values = await self._unsent.get()
-            if self._unsent.qsize() < MAX_UNSENT:
-                self._has_room.set()
-            update = self._update(fragment, answer, values.announced)
-            for piece in pieces(values.payload):
+            queued = await self._unsent.get()
+            try:
+                await self._send_update(*queued)
+            finally:
+                del queued
+                self._unsent.task_done()
+
+    async def _send_update(self, fragment: int, answer: Answer, encoded: Encoded | None) -> None:
+        if self._unsent.qsize() < MAX_UNSENT:
+            self._has_room.set()
+        if encoded is None:
+            answer, encoded = await self._engine.newest(fragment, answer, self.downlink)
+            self._num_encoded += 1
+        try:
+            encoded.room.begin_transfer(self._end_stalled)
+            update = self._update(fragment, answer, encoded.values.announced)
+            for piece in pieces(encoded.values.payload):
                 await self._write(pb.ExchangeResponse(update=update, data=piece))
+                encoded.room.moved()
                 update = None
+            self._engine.shard.counters.bytes_sent += encoded.values.payload.numel()
+        finally:
+            encoded.room.release()
+            self._num_encoded -= 1
+
+    def _end_stalled(self) -> None:
+        sentence = f"no message passed for {STALLED_S:g} s while other workers waited for the room that it held"
+        self.end(UnavailableError(f"the exchange was ended: {sentence}; open it again"))
+
+    def _free(self) -> None:
+        """Give back everything; the error that ended the stream may keep this object alive for long."""
+        self._ended = True
+        if self._incoming is not None:
+            self._incoming.room.release()
+            self._incoming = None
+        self._receiver = Receiver()
+        while not self._unsent.empty():
+            update = self._unsent.get_nowait()[2]
             self._unsent.task_done()
-            self._engine.shard.counters.bytes_sent += values.payload.numel()
+            if update is not None:
+                update.room.release()
+        if not self._end.cancel() and not self._end.cancelled():
+            self._end.exception()  # seen, should another part have ended the stream before it
 
     def _update(self, fragment: int, answer: Answer, announced: pb.Payload) -> pb.Update | None:
         shard = self._engine.shard

@@ -1,6 +1,6 @@
 """One fragment's numbers: parameters and the rule's vectors, changed as decisions say, in pieces that fit a cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 
@@ -9,6 +9,7 @@ from paceline_server.rules.base import Contribution, Numbers, OuterRule
 from paceline_server.rules.heloco import DirectionCorrection
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import StorageError
 
 PIECE_ELEMENTS = 256 * 1024
 """Elements worked on at a time: w, u and a decoded push of this size (3 MiB) stay in a core's cache."""
@@ -38,14 +39,18 @@ class FragmentValues:
         self.state = {name: torch.zeros_like(initial) for name in rule.state}
         self.open_bin = 0
         self.newest: Contribution | None = None
-        self._rule = rule
-        self._correction = correction if rule.momentum_vector is not None else None
         self._tensor_bounds = tensor_bounds
+        self._use(rule, correction)
 
     @property
     def num_elements(self) -> int:
         """Elements in the fragment."""
         return self.w.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all numbers."""
+        return 4 * self.num_elements * (1 + len(self.state))
 
     @property
     def push_elements(self) -> int:
@@ -57,6 +62,34 @@ class FragmentValues:
         """What moves the parameters when the next bin opens (float32 [n]); zeros if the rule has no such vector."""
         name = self._rule.momentum_vector
         return torch.zeros_like(self.w) if name is None else self.state[name]
+
+    @property
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """All numbers by name: w, and the rule's vectors (float32 [n] each)."""
+        return {"w": self.w, **self.state}
+
+    def restore(self, vectors: Mapping[str, torch.Tensor], open_bin: int, newest: Contribution | None) -> None:
+        """Take up all numbers (float32 [n] each; kept, not copied) as they were.
+
+        Raises:
+            StorageError: They are not the vectors that the rule keeps, or of another size.
+        """
+        self._require_vectors(self._rule, vectors.keys() - {"w"})
+        wrong = [name for name, vector in vectors.items() if vector.shape != self.w.shape]
+        if wrong:
+            raise StorageError(f"{wrong[0]} has {vectors[wrong[0]].numel()} elements, w has {self.num_elements}")
+        self.w = vectors["w"]
+        self.state = {name: vectors[name] for name in self._rule.state}
+        self.open_bin, self.newest = open_bin, newest
+
+    def take_rule(self, rule: OuterRule, correction: DirectionCorrection | None) -> None:
+        """Change the numbers by another rule from here on.
+
+        Raises:
+            StorageError: It keeps other vectors.
+        """
+        self._require_vectors(rule, self.state.keys())
+        self._use(rule, correction)
 
     def follow(self, decision: Decision, codec: Codec | None = None, payload: torch.Tensor | None = None) -> None:
         """Do what a decision says.
@@ -95,6 +128,18 @@ class FragmentValues:
         """What workers are sent as a payload (uint8 [codec.encoded_bytes(n)], or of 2n with the momentum behind)."""
         values = self.published()
         return codecs.encode(codec, torch.cat((values, self.momentum)) if with_momentum else values)
+
+    def _use(self, rule: OuterRule, correction: DirectionCorrection | None) -> None:
+        self._rule = rule
+        self._correction = correction if rule.momentum_vector is not None else None
+
+    @staticmethod
+    def _require_vectors(rule: OuterRule, names: Set[str]) -> None:
+        if set(rule.state) != names:
+            raise StorageError(
+                f"the outer rule {type(rule).__name__} keeps the vectors {sorted(rule.state)}, and this run has "
+                f"{sorted(names)}: outer.rule cannot change to it in a run that has begun"
+            )
 
     def _next_bins(self, count: int) -> range:
         """Count bins as opened; returns their numbers."""

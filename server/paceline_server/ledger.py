@@ -230,6 +230,14 @@ def decide_push(
     return _settle(schedule, replace(ledger, place=place), now, roster, push, contribution=contribution)
 
 
+def answer_with_newest(schedule: Schedule, ledger: Ledger, answer: Answer) -> Answer:
+    """An answer as it is when the fragment's newest values go with it, whenever it was decided.
+
+    It names their bin; an asynchronous one keeps the label that it was given, since each push is given one.
+    """
+    return answer if schedule.kind is ScheduleKind.ASYNC else replace(answer, bin=ledger.issuing_bin)
+
+
 def decide_close(schedule: Schedule, ledger: Ledger, now: float, roster: Roster) -> tuple[Decision, Ledger] | None:
     """Close the issuing bin if time or a change of membership has made that due; None if it has not."""
     reason = _close_reason(schedule, ledger, now, roster)
@@ -285,11 +293,9 @@ def _seen_before(schedule: Schedule, ledger: Ledger, push: PushRequest) -> Decis
         refusals = ledger.refused.get(push.worker, ())
         refusal = next((answer.refusal for answer in refusals if key == (answer.incarnation, answer.seq)), None)
         answered = replace(answered, seq=push.seq, bins_late=0, refusal=refusal)
-    # The answer comes with the newest values, so it names their bin; an asynchronous one keeps the label it was given,
-    # since each push is given one.
-    named = answered.bin if schedule.kind is ScheduleKind.ASYNC else ledger.issuing_bin
     reason = f"push {push.seq} is in already; answered again"
-    return Decision(outcome=Outcome.DUPLICATE, answers=(replace(answered, bin=named),), reason=reason)
+    again = answer_with_newest(schedule, ledger, answered)
+    return Decision(outcome=Outcome.DUPLICATE, answers=(again,), reason=reason)
 
 
 def _settle(

@@ -10,7 +10,7 @@ from typing import Any
 
 from paceline_server.config import ServerConfig
 from paceline_server.settings import config_from_mapping, config_to_mapping
-from paceline_wire.errors import ConfigurationError, UnavailableError
+from paceline_wire.errors import ERRORS_BY_NAME, UnavailableError
 
 STOP_S = 15.0
 """Seconds that a shard gets to finish before it is killed: longer than it takes to drain its streams."""
@@ -27,12 +27,14 @@ class ShardProcesses:
         self._config = config
         self.processes: list[subprocess.Popen[str]] = []
         self.ports: list[int] = []
+        self.recoveries: list[dict[str, Any]] = []
 
     def start(self) -> None:
         """Start all shards; returns when all of them serve.
 
         Raises:
             ConfigurationError: A shard refused the configuration; the text is its own.
+            StorageError: A shard's data directory is in use, damaged, or of another run; the text is its own.
             UnavailableError: A shard ended before it served.
         """
         try:
@@ -44,8 +46,7 @@ class ShardProcesses:
             self.ports = [int(_next_line(process)["port"]) for process in self.processes]
             for process in self.processes:
                 _tell(process, {"ports": self.ports})
-            for process in self.processes:
-                _next_line(process)
+            self.recoveries = [_recovery(_next_line(process)) for process in self.processes]
         except BaseException:
             self.stop()
             raise
@@ -73,6 +74,7 @@ def local(config: Mapping[str, Any] | None = None) -> Iterator[str]:
 
     Raises:
         ConfigurationError: The configuration is wrong.
+        StorageError: The data directory is in use, damaged, or of another run.
 
     Example:
         with paceline_server.local({"schedule": {"kind": "barrier"}}) as address:
@@ -108,8 +110,13 @@ def _next_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
         )
     message: dict[str, Any] = json.loads(line)
     if "error" in message:
-        raise ConfigurationError(message["error"])
+        raise ERRORS_BY_NAME[message["error"]](message["reason"])
     return message
+
+
+def _recovery(serving: dict[str, Any]) -> dict[str, Any]:
+    """What a shard that serves told of its recovery."""
+    return {key: value for key, value in serving.items() if key != "event"}
 
 
 def _ended(process: "subprocess.Popen[str]") -> int:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any
 
 import grpc.aio
 import torch
@@ -10,13 +12,17 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
-from paceline_server.arrivals import ArrivalRecorder
+from paceline_server.buffers import MIB, Buffers, shortage
 from paceline_server.config import ServerConfig
-from paceline_server.construction import build_shard, run_configuration
+from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
-from paceline_server.journal import Journal, NoJournal
+from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
+from paceline_server.storage.directory import ShardDirectory
+from paceline_server.storage.recovery import Recovered
+from paceline_server.storage.snapshotter import Snapshotter
+from paceline_server.storage.store import ShardStore
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
@@ -25,6 +31,9 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
+
+FAILED = 74
+"""Exit code of a shard whose journal failed (EX_IOERR): start it again once the disk works."""
 
 DRAIN_S = 10.0
 """Seconds that streams get to finish what they hold before the process ends."""
@@ -50,6 +59,10 @@ class ShardServer:
     Args:
         config: The run's configuration.
         index: Which of its shards this is.
+
+    Raises:
+        ConfigurationError: The outer rule cannot be had.
+        StorageError: The data directory is in use, damaged, or of another run.
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
@@ -58,12 +71,20 @@ class ShardServer:
         torch.set_num_threads(1)
         self._config = config
         self._index = index
+        self._store = ShardStore(config, index)
         self._engine = Engine(
-            build_shard(config, index),
-            _journal(config, index),
+            self._store.shard,
+            self._store.journal,
+            self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
+            buffers=Buffers.of(config.exchange.buffer_mib * MIB),
+            evidence=_evidence_keeper(config, index),
         )
+        durable = self._store.durable
+        self._snapshotter = Snapshotter(self._engine, durable, config) if durable is not None else None
+        if (short := shortage(config)) is not None:
+            _log.warning("%s", short)
         self._shards: list[pb.Shard] = []
         self._service = ParameterServerService(
             self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
@@ -73,8 +94,13 @@ class ShardServer:
             interceptors=[TokenInterceptor(tokens)] if tokens else [], options=list(_CHANNEL_OPTIONS)
         )
         self._health = health.aio.HealthServicer()
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
         self._register()
+
+    @property
+    def recovered(self) -> Recovered | None:
+        """What the data directory had; None without one."""
+        return self._store.durable.recovered if self._store.durable is not None else None
 
     def bind(self) -> int:
         """Take the port and return it.
@@ -97,11 +123,17 @@ class ShardServer:
             ) from error
 
     async def start(self, shards: list[pb.Shard]) -> None:
-        """Serve; shards are the addresses of all shards of the run, in order."""
+        """Serve; shards are the addresses of all shards of the run, in order.
+
+        Raises:
+            StorageError: The data directory cannot be written.
+        """
         self._shards.extend(shards)
+        await self._store.begin()
         await self._server.start()
-        self._watch = asyncio.create_task(self._engine.watch_time())
-        self._watch.add_done_callback(_log_failure)
+        self._begin(self._engine.watch_time())
+        if self._snapshotter is not None:
+            self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
@@ -111,13 +143,36 @@ class ShardServer:
         # A worker on a dead link would never take its answers; it asks for them again when the shard is back.
         await asyncio.wait({asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
         await self._server.stop(grace=1.0)
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.wait(self._watches)
+        if self._snapshotter is not None:
+            self._snapshotter.close()
         await self._engine.finish()
+        self._store.close()
+
+    async def run_until(self, stopping: asyncio.Event) -> int:
+        """Serve until the event, or until the shard can't go on; then drain. Returns the exit code.
+
+        A shard whose journal failed is not drained: what it has in memory is no longer what the journal says.
+        """
+        stop = asyncio.create_task(stopping.wait())
+        reasons: set[asyncio.Future[Any]] = {stop, self._engine.failed}
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if self._engine.failed.done():
+            return FAILED
+        await self.drain()
+        return 0
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        watch = asyncio.create_task(work)
+        watch.add_done_callback(_log_failure)
+        self._watches.append(watch)
 
     def _register(self) -> None:
         pb_grpc.add_ParameterServerServiceServicer_to_server(self._service, self._server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine), self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine, self._snapshotter), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,
@@ -128,13 +183,11 @@ class ShardServer:
         reflection.enable_server_reflection(names, self._server)
 
 
-def _journal(config: ServerConfig, index: int) -> Journal:
-    path = config.storage.arrivals
-    if path is None:
-        return NoJournal()
-    return ArrivalRecorder(path if index == 0 else path.with_name(f"{path.name}.{index}"))
+def _evidence_keeper(config: ServerConfig, index: int) -> EvidenceKeeper:
+    data_dir = config.storage.data_dir
+    return NoEvidence() if data_dir is None else EvidenceDirectory(ShardDirectory(data_dir, index).evidence)
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and task.exception() is not None:
-        _log.error("the shard no longer watches leases and grace windows", exc_info=task.exception())
+        _log.error("a watch over the shard ended", exc_info=task.exception())

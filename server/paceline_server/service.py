@@ -1,6 +1,5 @@
 """The gRPC face of a shard: translates messages to calls of the engine, and errors to statuses; decides nothing."""
 
-import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
+from paceline_server.fetch import send_fragments
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
@@ -22,7 +22,7 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
-from paceline_wire.transfer import Receiver, pieces
+from paceline_wire.transfer import Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -33,6 +33,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 async def abort(context: Context, error: PacelineError) -> NoReturn:
     """End a call with an error: its gRPC code, its sentence, and its name for the caller's side."""
+    # A traceback holds the frames that the error passed, they hold payloads, and some hold the error: only a garbage
+    # collection of everything would free them.
+    error.__traceback__ = None
     await context.abort(
         grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=((ERROR_METADATA_KEY, type(error).__name__),)
     )
@@ -79,12 +82,11 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         self._fragment_elements = fragment_elements
         self._shards = shards
         self._draining = False
-        self._streams: set[ExchangeStream] = set()
 
     async def drain(self) -> None:
         """End the exchange streams, each after it has answered the pushes that it has received whole."""
         self._draining = True
-        await asyncio.gather(*(stream.drain() for stream in self._streams))
+        await self._engine.streams.drain()
 
     @with_status
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
@@ -125,19 +127,27 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         raise InvalidInputError("the upload was empty; it begins with `start`")
 
     async def _take_fragments(self, messages: AsyncIterator[pb.InitializeRequest]) -> None:
-        receiver, announced = Receiver(), None
-        async for message in messages:
-            if message.HasField("fragment"):
-                announced = message.fragment
-                if announced.payload.codec != pb.CODEC_FP32:
-                    raise InvalidInputError(f"fragment {announced.fragment}: first parameters are sent in fp32")
-                num_elements = self._engine.shard.plan_of(announced.fragment).num_elements
-                receiver.begin(announced.payload, num_elements)
-            elif message.HasField("start"):
-                raise InvalidInputError("an upload is started once; `start` came again")
-            assembly = receiver.add(message.data)
-            if assembly is not None and announced is not None:
-                await self._engine.initialize_fragment(announced.fragment, assembly.codec, assembly.payload())
+        receiver, announced, room = Receiver(), None, None
+        try:
+            async for message in messages:
+                if message.HasField("fragment"):
+                    announced = message.fragment
+                    if announced.payload.codec != pb.CODEC_FP32:
+                        raise InvalidInputError(f"fragment {announced.fragment}: first parameters are sent in fp32")
+                    num_elements = self._engine.shard.plan_of(announced.fragment).num_elements
+                    num_bytes = receiver.required_bytes(announced.payload, num_elements)
+                    room = await self._engine.buffers.incoming.reserve(num_bytes)
+                    receiver.begin(announced.payload, num_elements)
+                elif message.HasField("start"):
+                    raise InvalidInputError("an upload is started once; `start` came again")
+                assembly = receiver.add(message.data)
+                if assembly is not None and announced is not None and room is not None:
+                    await self._engine.initialize_fragment(announced.fragment, assembly.codec, assembly.payload())
+                    room.release()
+                del assembly  # or its payload would stay while the next one is received
+        finally:
+            if room is not None:
+                room.release()
         if not self._engine.shard.initialized:
             raise InvalidInputError("the upload ended before every fragment of this shard had come; begin it again")
         _log.info("initialized with %d fragments", len(self._engine.shard.fragments))
@@ -151,7 +161,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
         if (member.worker, member.incarnation) not in known:
             _log.info("%s", reason)
-            self._engine.roster_changed()
+            await self._engine.membership_changed()
         return pb.JoinResponse(
             worker_index=member.index,
             lease_ms=round(membership.lease_s * 1000),
@@ -176,25 +186,22 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         now_s, worker = self._engine.clock(), request.worker
         reason = self._engine.shard.membership.leave(now_s, worker.worker_id, worker.incarnation)
         _log.info("%s", reason)
-        self._engine.roster_changed()
+        await self._engine.membership_changed()
         return pb.LeaveResponse()
 
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchResponse]:
+    async def Fetch(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
+        self, request: pb.FetchRequest, context: Context
+    ) -> None:
         """Send current values, fragment by fragment."""
         try:
             codec = self._downlink(request.codec)
             self._engine.shard.refuse_uninitialized()
-            for index in request.fragments or sorted(self._engine.shard.fragments):
-                snapshot = await self._engine.snapshot(index, codec)
-                announced: pb.FetchedFragment | None = pb.FetchedFragment(
-                    fragment=index, bin=snapshot.bin, payload=snapshot.values.announced
-                )
-                for piece in pieces(snapshot.values.payload):
-                    yield pb.FetchResponse(fragment=announced, data=piece)
-                    announced = None
-                self._engine.shard.counters.bytes_sent += snapshot.values.payload.numel()
+            fragments = request.fragments or sorted(self._engine.shard.fragments)
+            await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
 
     async def Exchange(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
         self, request: AsyncIterator[pb.ExchangeRequest], context: Context
@@ -202,15 +209,17 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Serve one worker's pushes and updates."""
         try:
             stream = await self._open(request, context)
-            self._streams.add(stream)
+            self._engine.streams.add(stream)
             try:
                 await stream.run(request)
             finally:
-                self._streams.discard(stream)
+                self._engine.streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
         except DecodeError as error:
             await abort(context, unreadable(error))
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
 
     async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
         async for message in messages:
@@ -220,6 +229,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 raise UnavailableError("the server is stopping")
             worker = message.open.worker
             self._engine.shard.refuse_uninitialized()
+            self._engine.refuse_when_full()
             self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
             return ExchangeStream(self._engine, worker, self._downlink(message.open.downlink), context.write)
         raise InvalidInputError("an exchange stream begins with `open`")

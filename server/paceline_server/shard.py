@@ -10,13 +10,16 @@ import torch
 
 from paceline_server.fragment import FragmentValues
 from paceline_server.guard import Guard, remember
+from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.ledger import (
+    Answer,
     Decision,
     Ledger,
     Outcome,
     PushRequest,
     Roster,
     Schedule,
+    answer_with_newest,
     decide_close,
     decide_push,
     next_close_s,
@@ -41,23 +44,6 @@ class Counters:
     bytes_received: int = 0
     bytes_sent: int = 0
     bins_late_total: int = 0
-
-
-@dataclass
-class HostedFragment:
-    """A fragment that lives on this shard.
-
-    Attributes:
-        plan: Its place in the plan.
-        values: Its numbers; None until initialized.
-        ledger: Its bookkeeping.
-        norms: L2 norms of its latest pushes, as guard.py keeps them.
-    """
-
-    plan: Fragment
-    values: FragmentValues | None
-    ledger: Ledger
-    norms: tuple[float, ...] = ()
 
 
 class Shard:
@@ -120,6 +106,11 @@ class Shard:
         if self.initialized:
             self.refuse_other_manifest(manifest)
             return False
+        self.take_manifest(manifest, initialization_id)
+        return True
+
+    def take_manifest(self, manifest: Manifest, initialization_id: int) -> None:
+        """Begin anew with a manifest, whatever was here before."""
         self.manifest = manifest
         self.initialization_id = initialization_id
         self._fragments = {
@@ -127,7 +118,6 @@ class Shard:
             for plan in manifest.fragments_of_shard(self.index, self.num_shards)
         }
         self._without_values = set(self._fragments)
-        return True
 
     def refuse_other_manifest(self, manifest: Manifest) -> None:
         """Make sure that a worker's model is this run's.
@@ -159,6 +149,30 @@ class Shard:
             tensor_bounds=[(part.fragment_start, part.fragment_start + part.length) for part in fragment.segments],
         )
         self._without_values.discard(index)
+
+    def restore_fragment(self, index: int, copy: FragmentCopy) -> None:
+        """Take up a fragment as it was copied; its vectors are kept, not copied.
+
+        Raises:
+            StorageError: The outer rule keeps other vectors than the copy has, or of another size.
+        """
+        self.initialize_fragment(index, copy.vectors["w"])
+        hosted = self._fragments[index]
+        if hosted.values is not None:
+            hosted.values.restore(copy.vectors, copy.meta.open_bin, copy.meta.newest)
+        hosted.ledger = copy.meta.ledger
+        hosted.record, hosted.norms = copy.meta.record, copy.meta.norms
+
+    def take_rule(self, rule: OuterRule, correction: DirectionCorrection | None) -> None:
+        """Let another outer rule, or other coefficients, take over from here on.
+
+        Raises:
+            StorageError: The rule keeps other vectors than the fragments have.
+        """
+        self._rule, self._correction = rule, correction
+        for hosted in self._fragments.values():
+            if hosted.values is not None and hosted.plan.role == "parameter":
+                hosted.values.take_rule(rule, correction)
 
     def plan_of(self, index: int) -> Fragment:
         """A fragment's place in the plan.
@@ -234,6 +248,10 @@ class Shard:
     def decide_close(self, now: float, index: int) -> tuple[Decision, Ledger] | None:
         """Decide whether a fragment's bin closes; nothing changes until `keep`."""
         return decide_close(self.schedule, self._fragments[index].ledger, now, self.roster())
+
+    def answer_with_newest(self, index: int, answer: Answer) -> Answer:
+        """An answer as it is when a fragment's values of this moment go with it."""
+        return answer_with_newest(self.schedule, self._fragments[index].ledger, answer)
 
     def keep(
         self, index: int, decision: Decision, ledger: Ledger, worker: str | None, norm: float | None = None

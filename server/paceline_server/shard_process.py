@@ -3,9 +3,9 @@
 processes.py starts it and holds the other end:
 
 1. stdin: {"config": {...}, "index": i, "log_level": l}  secrets included, so that none is in the process list
-2. stdout: {"port": p}                      the port is taken; or {"error": "..."} and exit code 2
+2. stdout: {"port": p}                      the port is taken; or {"error": class, "reason": "..."} and exit code 2
 3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
-4. stdout: {"event": "serving"}             the shard answers
+4. stdout: {"event": "serving", ...}        the shard answers; with a data directory, what was recovered from it
 5. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
 """
 
@@ -21,7 +21,8 @@ import uvloop
 from paceline_server.config import ServerConfig
 from paceline_server.server import ShardServer
 from paceline_server.settings import config_from_mapping
-from paceline_wire.errors import ConfigurationError
+from paceline_server.storage.recovery import Recovered
+from paceline_wire.errors import ERRORS_BY_NAME, ConfigurationError, StorageError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 
@@ -38,7 +39,19 @@ def shard_addresses(config: ServerConfig, ports: list[int]) -> list[pb.Shard]:
     return [pb.Shard(host=config.advertise_host, port=port) for port in ports]
 
 
-async def _serve() -> None:
+def recovery_report(recovered: Recovered | None) -> dict[str, Any]:
+    """What a shard tells of its recovery when it begins to serve; empty if its state is in memory."""
+    if recovered is None:
+        return {}
+    return {
+        "recovered_records": recovered.newest_record,
+        "replayed_records": recovered.replayed,
+        "recovery_ms": round(recovered.took_s * 1000),
+        "notes": recovered.notes,
+    }
+
+
+async def _serve() -> int:
     stopping = stop_signal()
     stdin = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
@@ -50,14 +63,14 @@ async def _serve() -> None:
     _tell(port=server.bind())
     ports = json.loads(await stdin.readline() or "{}").get("ports")
     if ports is None:
-        return
+        return 0
     await server.start(shard_addresses(config, ports))
-    _tell(event="serving")
+    _tell(event="serving", **recovery_report(server.recovered))
     starter_ended = asyncio.create_task(stdin.read())
     starter_ended.add_done_callback(lambda _: stopping.set())
-    await stopping.wait()
+    code = await server.run_until(stopping)
     starter_ended.cancel()
-    await server.drain()
+    return code
 
 
 def _tell(**message: Any) -> None:
@@ -67,7 +80,8 @@ def _tell(**message: Any) -> None:
 
 if __name__ == "__main__":
     try:
-        uvloop.run(_serve())
-    except ConfigurationError as error:
-        _tell(error=str(error))
+        sys.exit(uvloop.run(_serve()))
+    except (ConfigurationError, StorageError) as error:
+        named = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in ERRORS_BY_NAME)
+        _tell(error=named, reason=str(error))
         sys.exit(2)

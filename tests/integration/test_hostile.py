@@ -226,13 +226,15 @@ def test_an_incarnation_is_positive(address: str) -> None:
         expect(ended(refused.value), "InvalidInputError", INVALID, "must be positive")
 
 
-def test_an_oversized_message_ends_its_stream_only(hostile: RawWorker) -> None:
+def test_an_oversized_message_ends_its_stream_only(address: str, hostile: RawWorker) -> None:
     """A message above the limit is refused by gRPC before it is read whole."""
-    with hostile.exchange() as stream, hostile.exchange() as other:
-        stream.send(pushed(data=bytes(17 << 20)))
-        assert stream.end().code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        other.send(pb.ExchangeRequest(data=b"data"))
-        expect(other.end(), "InvalidInputError", INVALID, "before any payload")
+    with RawWorker(address, "bystander") as bystander:
+        bystander.join()
+        with hostile.exchange() as stream, bystander.exchange() as other:
+            stream.send(pushed(data=bytes(17 << 20)))
+            assert stream.end().code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            other.send(pb.ExchangeRequest(data=b"data"))
+            expect(other.end(), "InvalidInputError", INVALID, "before any payload")
 
 
 def test_a_push_that_is_cut_off_changes_nothing(address: str) -> None:

@@ -65,7 +65,7 @@ class TestModel:
         assert (config.host, config.port, config.shards, config.advertise_host) == ("127.0.0.1", 7070, 1, "")
         assert (config.outer.rule, config.outer.lr, config.outer.momentum) == ("ormo", 0.7, 0.5)
         assert tuple(config.schedule.model_dump().values()) == ("async", None, None, 30.0)
-        assert tuple(config.exchange.model_dump().values()) == ("int4", "bf16", 4_194_304, 50, True, "1", 1)
+        assert tuple(config.exchange.model_dump().values()) == ("int4", "bf16", 4_194_304, 50, True, "1", 1, 256)
         assert config.security.accepted_tokens() == ()
 
     def test_frozen(self) -> None:
@@ -160,7 +160,7 @@ class TestRefusals:
             ("exchange.dynamic_inner_steps", "perhaps", "should be a valid boolean"),
             ("exchange.own_weight", 2, "should be '1/M', '1', 'local' or 'predicted'"),
             ("exchange.window", 9, "should be less than or equal to 8"),
-            ("storage.data_dir", "state", "the state is held in memory; leave it out"),
+            ("storage.mirror", "file:///tmp/mirror", "needs storage.data_dir"),
             ("storage.sync", "always", "should be 'commit', 'interval' or 'never'"),
             ("security.tls_cert", "missing.pem", "cannot be read: No such file or directory"),
             ("security.token_file", "missing.txt", "cannot be read: No such file or directory"),

@@ -1,0 +1,36 @@
+"""Reads from /proc how much memory a process has resident, and how fast that grows."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def resident_mib(pid: int) -> float:
+    """MiB that a process has resident now."""
+    return _status_mib(pid, "VmRSS")
+
+
+def peak_resident_mib(pid: int) -> float:
+    """The most MiB that a process has had resident since it began."""
+    return _status_mib(pid, "VmHWM")
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of the straight line that fits points (x, y) best by least squares.
+
+    Raises:
+        ValueError: There are fewer than two different x.
+    """
+    mean_x = sum(x for x, _ in points) / max(1, len(points))
+    mean_y = sum(y for _, y in points) / max(1, len(points))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    if spread == 0:
+        raise ValueError("a slope needs points at different x")
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+
+
+def _status_mib(pid: int, field: str) -> float:
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+    if match is None:
+        raise ProcessLookupError(f"process {pid} has no {field}: it has ended")
+    return int(match[1]) / 1024
