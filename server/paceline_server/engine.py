@@ -32,9 +32,10 @@ from paceline_server.streams import OpenStreams
 from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import CodecError, StorageError, StorageFullError, UnavailableError
+from paceline_wire.errors import CodecError, PacelineError, StorageError, StorageFullError, UnavailableError
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Outgoing, outgoing
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -42,6 +43,7 @@ Clock = Callable[[], float]
 
 FULL_DISK_S = 1.0
 """Seconds between attempts to close bins that are due while the disk is full."""
+
 FORGET_EVERY_S = 60.0
 """Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
 
@@ -236,8 +238,7 @@ class Engine:
         A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
         """
         self.roster_changed()
-        now_s = self.clock()
-        record = MembershipChanged(time_s=now_s, membership=self.shard.membership.state(now_s))
+        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state(self.clock()))
         try:
             number = await self._append(record)
         except StorageFullError as error:
@@ -252,12 +253,12 @@ class Engine:
             if self.clock() > wake_s + OVERSLEPT_S:
                 # What workers sent meanwhile must be read before they are judged by it.
                 await asyncio.sleep(self.shard.membership.heartbeat_s)
-            sentences = self.shard.membership.expire(self.clock())
-            for sentence in sentences:
+            given_up = self.shard.membership.expire(self.clock())
+            for sentence in given_up:
                 _log.info("%s", sentence)
-            if sentences:
+            if given_up:
                 await self.membership_changed()
-            self.streams.keep_only(self.shard.membership.members)
+            self.streams.keep_only(self._refusal)
             if self.clock() >= forget_s:
                 self.shard.forget_gone(self.clock(), {index for index, lock in self._locks.items() if lock.locked()})
                 forget_s = self.clock() + FORGET_EVERY_S
@@ -282,6 +283,10 @@ class Engine:
             await asyncio.wait(self._events)
         await self._journal.close()
         self._threads.shutdown()
+
+    def _refusal(self, worker: pb.Worker) -> PacelineError | None:
+        """Why nothing is taken from a worker now; None if it is a member."""
+        return self.shard.membership.refusal(self.clock(), worker.worker_id, worker.incarnation)
 
     async def _push(self, push: ReceivedPush) -> None:
         try:

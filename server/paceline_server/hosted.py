@@ -20,7 +20,7 @@ class FragmentMeta:
         open_bin: The bin that the numbers are in.
         newest: The newest contribution; None before the first.
         ledger: Its bookkeeping.
-        norms: L2 norms of its latest pushes.
+        norms: L2 norms of its latest pushes, as guard.py keeps them.
     """
 
     record: int
@@ -51,15 +51,15 @@ class HostedFragment:
         plan: Its place in the plan.
         values: Its numbers; None until initialized.
         ledger: Its bookkeeping.
+        record: The newest record of the journal that both include; 0: none.
         norms: L2 norms of its latest pushes, as guard.py keeps them.
-        record: The newest record of the journal that all of this includes; 0: none.
     """
 
     plan: Fragment
     values: FragmentValues | None
     ledger: Ledger
-    norms: tuple[float, ...] = ()
     record: int = 0
+    norms: tuple[float, ...] = ()
 
     def copied(self) -> FragmentCopy:
         """A copy that stays as it is while the fragment goes on; the fragment must have its numbers."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from paceline_server.departures import Departures, GoneWorker
 from paceline_server.quarantine import Quarantine, QuarantinedWorker
 from paceline_server.silence import Silences
-from paceline_wire.errors import InvalidInputError, NotAMemberError, SupersededError
+from paceline_wire.errors import InvalidInputError, NotAMemberError, PacelineError, SupersededError
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -168,6 +168,17 @@ class Membership:
             SupersededError: A newer incarnation of the worker has joined.
             NotAMemberError: It has not joined, or was given up.
         """
+        return self._renew(self._member(now, worker, incarnation), now)
+
+    def refusal(self, now: float, worker: str, incarnation: int) -> PacelineError | None:
+        """What `require` would raise; None if it would not. Renews nothing."""
+        try:
+            self._member(now, worker, incarnation)
+        except PacelineError as error:
+            return error
+        return None
+
+    def _member(self, now: float, worker: str, incarnation: int) -> Member:
         self.quarantine.refuse(now, worker)
         self._refuse_superseded(worker, incarnation)
         member = self._members.get(worker)
@@ -175,7 +186,7 @@ class Membership:
             raise NotAMemberError(
                 f"worker {worker!r} is not a member: it has not joined, or was silent for too long; join again"
             )
-        return self._renew(member, now)
+        return member
 
     def heartbeat(self, now: float, worker: str, incarnation: int) -> Member:
         """As `require`; heartbeats alone make the history by which the worker's silence is judged.
@@ -246,6 +257,7 @@ class Membership:
         for worker in self._departures.forget_due(now):
             del self._newest_incarnation[worker]
             self._silences.forget(worker)
+        self.quarantine.forget_all_but(self._members)
 
     def in_ledgers(self, now: float) -> frozenset[str]:
         """Names of all whose pushes must still be known, so that what is sent again is not applied again."""

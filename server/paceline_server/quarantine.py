@@ -3,7 +3,7 @@
 Pure: time is an argument, nothing waits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 from paceline_server.conduct import Conduct
@@ -84,6 +84,10 @@ class Quarantine:
     def forget(self, worker: str) -> None:
         """Forget the conduct of a worker that is gone."""
         self._conduct.pop(worker, None)
+
+    def forget_all_but(self, workers: Container[str]) -> None:
+        """Forget the conduct of all but some workers: a push that was under way when its worker went is noted, too."""
+        self._conduct = {worker: conduct for worker, conduct in self._conduct.items() if worker in workers}
 
     def workers(self, now: float) -> tuple[QuarantinedWorker, ...]:
         """All that are in quarantine."""

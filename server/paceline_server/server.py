@@ -16,8 +16,10 @@ from paceline_server.buffers import MIB, Buffers, shortage
 from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
+from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
+from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import Recovered
 from paceline_server.storage.snapshotter import Snapshotter
 from paceline_server.storage.store import ShardStore
@@ -76,8 +78,8 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
-            evidence=self._store.evidence,
             buffers=Buffers.of(config.exchange.buffer_mib * MIB),
+            evidence=_evidence_keeper(config, index),
         )
         durable = self._store.durable
         self._snapshotter = Snapshotter(self._engine, durable, config) if durable is not None else None
@@ -179,6 +181,11 @@ class ShardServer:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, self._server)
+
+
+def _evidence_keeper(config: ServerConfig, index: int) -> EvidenceKeeper:
+    data_dir = config.storage.data_dir
+    return NoEvidence() if data_dir is None else EvidenceDirectory(ShardDirectory(data_dir, index).evidence)
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

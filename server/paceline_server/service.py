@@ -216,10 +216,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 self._engine.streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
-        except grpc.aio.InternalError:
-            _log.debug("a caller hung up in the middle of a message")
         except DecodeError as error:
             await abort(context, unreadable(error))
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
 
     async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
         async for message in messages:

@@ -161,8 +161,7 @@ class Shard:
         if hosted.values is not None:
             hosted.values.restore(copy.vectors, copy.meta.open_bin, copy.meta.newest)
         hosted.ledger = copy.meta.ledger
-        hosted.norms = copy.meta.norms
-        hosted.record = copy.meta.record
+        hosted.record, hosted.norms = copy.meta.record, copy.meta.norms
 
     def take_rule(self, rule: OuterRule, correction: DirectionCorrection | None) -> None:
         """Let another outer rule, or other coefficients, take over from here on.

@@ -1,6 +1,5 @@
 """Pushes out of all proportion, and workers that send unusable ones round after round, over real sockets."""
 
-import asyncio
 import re
 import subprocess
 import sys
@@ -16,17 +15,6 @@ import torch
 import paceline_server
 from integration.patience import PATIENCE_S, wait_until
 from integration.raw import RawStream, RawWorker, ended
-from paceline_server.config import ServerConfig
-from paceline_server.construction import build_shard
-from paceline_server.engine import Engine, ReceivedPush
-from paceline_server.evidence import EvidenceDirectory
-from paceline_server.journal import Decided, NoJournal, Record
-from paceline_server.ledger import Answer, PushRequest
-from paceline_server.updates import Encoded
-from paceline_wire import codecs
-from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import QuarantinedError
-from paceline_wire.manifest import Manifest, TensorSpec
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 FRAGMENT = 256
@@ -209,76 +197,46 @@ def test_a_quarantine_ends_by_itself() -> None:
         assert not raw.status().quarantined
 
 
-# --- The engine: what it records and keeps aside.
+# --- What is kept.
 
 
-class Records(NoJournal):
-    """Keeps the records of decisions."""
-
-    def __init__(self) -> None:
-        self.decided: list[Decided] = []
-
-    async def append(self, record: Record) -> int:
-        """Keep a record."""
-        if isinstance(record, Decided):
-            self.decided.append(record)
-        return len(self.decided)
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    opened: Any = safetensors.safe_open(path, framework="pt")
+    found: dict[str, str] = opened.metadata()
+    return found
 
 
-class Nowhere:
-    """A stream that drops its answers."""
-
-    downlink: Codec = codecs.codec("fp32")
-    has_values_waiting = False
-
-    def deliver(self, fragment: int, answer: Answer, update: Encoded | None) -> None:
-        """Drop an answer."""
-        if update is not None:
-            update.room.release()
-
-
-async def test_refused_pushes_are_kept_aside_and_norms_are_recorded(tmp_path: Path) -> None:
-    """Pushes refused for their content become files; records have the norms, which rebuild the same measure."""
-    settings = ServerConfig.model_validate(config(quarantine_rounds=2))
-    shard, records, codec = build_shard(settings, 0), Records(), codecs.codec("int4")
-    manifest = Manifest.of([TensorSpec(name="x", shape=(FRAGMENT,), dtype="float32", role="parameter")], FRAGMENT)
-    engine = Engine(shard, records, evidence=EvidenceDirectory(tmp_path))
-    await engine.begin_initialization(manifest, 1)
-    start = codecs.encode(codecs.codec("fp32"), torch.zeros(FRAGMENT))
-    await engine.initialize_fragment(0, codecs.codec("fp32"), start)
-    shard.membership.join(engine.clock(), "a", 1)
-
-    def push(seq: int, value: float) -> "asyncio.Task[None]":
-        request = PushRequest(worker="a", incarnation=1, seq=seq, base_bin=0)
-        payload = codecs.encode(codec, torch.full((FRAGMENT,), value))
-        room = engine.buffers.incoming.try_reserve(payload.numel())
-        assert room is not None
-        received = ReceivedPush(fragment=0, request=request, codec=codec, payload=payload, room=room)
-        return engine.submit(received, Nowhere())
-
-    for seq in range(1, ENOUGH + 1):
-        await push(seq, 0.5)
-    await push(ENOUGH + 1, 1e4)
-    await push(ENOUGH + 1, 1e4)
-    with pytest.raises(QuarantinedError, match="not finite in 2 rounds"):
-        await push(ENOUGH + 2, torch.nan)
-    assert shard.membership.active == frozenset()
-    with pytest.raises(QuarantinedError):
-        await push(ENOUGH + 3, 0.5)
-    await engine.finish()
-    files = await asyncio.to_thread(lambda: sorted(tmp_path.iterdir()))
-    metadata = [safetensors.safe_open(path, framework="pt").metadata() for path in files]  # type: ignore[no-untyped-call]  # no types there
-    assert [(one["seq"], one["codec"], "norm" in one, "median" in one) for one in metadata] == [
-        ("9", "int4", True, True),
-        ("10", "int4", False, True),
+def test_the_measure_the_evidence_and_a_quarantine_outlive_the_server(tmp_path: Path) -> None:
+    """After each restart outliers are known as before, refused pushes are there, and a quarantine goes on."""
+    durable = {**config(quarantine_s=3600), "storage": {"data_dir": str(tmp_path)}}
+    usual, large, bad = (torch.full((FRAGMENT,), value) for value in (0.01, 1e6, torch.nan))
+    with paceline_server.local(durable) as address, RawWorker(address, "a") as raw:
+        initialize(raw)
+        raw.join()
+        with raw.exchange() as stream:
+            push_rounds(stream, usual, 0, 1, ENOUGH)
+    with paceline_server.local(durable) as address, RawWorker(address, "a") as raw:
+        raw.join()
+        with raw.exchange() as stream:
+            stream.push(0, 1, 0, large)
+            assert "out of all proportion" in stream.update()[0].refusal
+            for seq in (2, 3):
+                stream.push(0, seq, 0, bad)
+            assert stream.last().error == "QuarantinedError"
+    files = sorted((tmp_path / "shard-0" / "evidence").iterdir())
+    metadata = [metadata_of(path) for path in files]
+    assert [(one["worker"], one["seq"], one["codec"], "norm" in one) for one in metadata] == [
+        ("a", "1", "fp32", True),
+        ("a", "2", "fp32", False),
+        ("a", "3", "fp32", False),
     ]
-    assert float(metadata[0]["norm"]) == pytest.approx(16e4, rel=0.01)
-    norms = [record.norm for record in records.decided]
-    assert len(norms) == ENOUGH + 2
-    assert norms[-1] is None
-    assert tuple(norm for norm in norms if norm is not None) == shard.fragments[0].norms
-    replayed = build_shard(settings, 0)
-    replayed.begin_initialization(manifest, 1)
-    for record in records.decided:
-        replayed.keep(0, record.decision, record.ledger, None, record.norm)
-    assert replayed.fragments[0].norms == shard.fragments[0].norms
+    assert float(metadata[0]["norm"]) == pytest.approx(16e6)
+    assert float(metadata[0]["median"]) == pytest.approx(0.16)
+    with paceline_server.local(durable) as address, RawWorker(address, "a") as raw:
+        with pytest.raises(grpc.RpcError) as refused:
+            raw.join()
+        assert ended(refused.value).error == "QuarantinedError"
+        (held,) = raw.status().quarantined
+        assert held.worker_id == "a"
+        assert "3 rounds in a row" in held.reason

@@ -6,6 +6,7 @@ from paceline_server import departures
 from paceline_server.departures import LEDGERS_REMEMBER_LEFT_S, MOST_REMEMBERED, REMEMBERED_S
 from paceline_server.ledger import Answer, Ledger, Outcome, PushRequest, Roster, Schedule, decide_push, without_gone
 from paceline_server.membership import Membership, MembershipState
+from paceline_server.quarantine import Quarantine
 from paceline_server.rules import Rates
 from paceline_server.rules.ordered_momentum import OrderedMomentum
 from paceline_server.shard import Shard
@@ -101,6 +102,22 @@ def test_a_worker_that_is_back_is_not_forgotten(monkeypatch: pytest.MonkeyPatch)
     membership.forget_gone(LEASE_S)
     assert membership.in_ledgers(LEASE_S) == {"a", "b"}
     assert membership.state(0.0).newest_incarnation == {"a": 1, "b": 2}
+
+
+def test_what_a_worker_had_under_way_when_it_went_is_not_noted_for_ever() -> None:
+    """The conduct of workers that are not active is forgotten; that of active ones counts on."""
+    membership = Membership(
+        lease_s=LEASE_S,
+        inner_steps=50,
+        dynamic_inner_steps=True,
+        quarantine=Quarantine(rounds=2, duration_s=1.0),
+    )
+    membership.join(0.0, "stays", 1)
+    for worker in ("stays", "gone"):
+        membership.quarantine.note_refused(worker, 1, 1)
+    membership.forget_gone(1.0)
+    assert membership.quarantine.note_refused("stays", 1, 2)
+    assert not membership.quarantine.note_refused("gone", 1, 2)
 
 
 # --- Ledgers.

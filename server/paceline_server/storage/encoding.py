@@ -114,8 +114,8 @@ def read_record(written: Written) -> Record:
                 decision=decided.decision,
                 ledger=decided.ledger,
                 codec=decided.codec,
-                payload=None if decided.codec is None else payload_tensor(payload),
                 norm=decided.norm,
+                payload=None if decided.codec is None else payload_tensor(payload),
             )
         if kind == "membership-changed":
             return _MEMBERSHIP_CHANGED.validate_json(said)

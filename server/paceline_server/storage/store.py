@@ -10,7 +10,6 @@ from typing import Any
 from paceline_server.arrivals import ArrivalRecorder
 from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard
-from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.journal import Configured, Journal, NoJournal
 from paceline_server.shard import Shard
 from paceline_server.storage.directory import ShardDirectory
@@ -72,10 +71,8 @@ class ShardStore:
         self.clock = RunClock(recovered.time_s if recovered is not None else time.monotonic())
         if recovered is not None:
             # Nobody could renew a lease while the server was away.
-            self.shard.membership.restore(self.shard.membership.state(recovered.time_s), self.clock())
-        self.evidence: EvidenceKeeper = NoEvidence()
-        if self.durable is not None:
-            self.evidence = EvidenceDirectory(self.durable.directory.evidence)
+            now_s = self.clock()
+            self.shard.membership.restore(self.shard.membership.state(now_s), now_s)
         kept: Journal = self.durable.journal if self.durable is not None else NoJournal()
         path = config.storage.arrivals
         self.journal = kept if path is None else ArrivalRecorder(kept, path if index == 0 else _numbered(path, index))
