@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-durability bench-stability bench-real clean
+.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -41,6 +41,14 @@ bench-real: $(VENV)/.dev
 # What durability costs, and how fast a killed server is back.
 bench-durability: $(VENV)/.dev
 	$(BIN)/python benchmarks/durability.py $(BENCH_FLAGS)
+
+# A shard's memory with many slow workers, beside what it may take.
+bench-memory: $(VENV)/.dev
+	$(BIN)/python benchmarks/memory.py $(BENCH_FLAGS)
+
+# Thousands of rounds and hundreds of reconnects: does either side grow?
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/soak.py $(BENCH_FLAGS)
 
 bench-stability: $(VENV)/.dev
 	$(BIN)/python benchmarks/stability.py $(BENCH_FLAGS)

@@ -63,7 +63,7 @@ class NotAMemberError(PacelineError):
 
 
 class SupersededError(PacelineError):
-    """A newer incarnation of the same worker has joined; this one must stop."""
+    """A newer incarnation of the same worker has joined, or opened a newer stream; this one must stop."""
 
     grpc_code = "ABORTED"
 

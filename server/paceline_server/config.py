@@ -22,8 +22,8 @@ BLOCK_ELEMENTS = 256
 MAX_FRAGMENT_ELEMENTS = 1 << 24
 """64 MiB as float32: a fragment is held whole several times over while it is received, applied and sent."""
 
-DEFAULT_BUFFER_MIB = 256
-"""Sixteen updates of the default fragment in bf16 on their way at once, and some sixty pushes in int4."""
+DEFAULT_BUFFER_MIB = 512
+"""Holds for 58 workers; with 32 of them, 18 updates of the default fragment in bf16 and 70 pushes in int4 at once."""
 
 MAX_BUFFER_MIB = 1 << 20
 """A TiB."""
@@ -122,9 +122,9 @@ class ExchangeConfig(Section):
         default=DEFAULT_BUFFER_MIB,
         ge=1,
         le=MAX_BUFFER_MIB,
-        description="MiB that a shard may hold for payloads under way, half for pushes being received and half for "
-        "updates, however many workers and however slow their links; they wait for each other's room. At least twice "
-        "the largest payload.",
+        description="MiB that a shard may take beside its state, however slow the links: 32 for its work, 6 for each "
+        "connected worker, and the rest, but at least a quarter, for pushes and updates under way, which wait for each "
+        "other's room. At least twice the largest payload.",
     )
 
     @field_validator("downlink", mode="before")

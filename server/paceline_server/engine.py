@@ -10,9 +10,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,7 +24,8 @@ from paceline_server.fragment import FragmentValues
 from paceline_server.guard import checked_norm, median_of
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
-from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
+from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest, answer_with_newest
+from paceline_server.newest import NewestValues, Wanted
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
@@ -105,8 +105,9 @@ class Engine:
         evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
-        self.buffers = buffers or Buffers.of(DEFAULT_BUFFER_MIB * MIB)
+        self.buffers = buffers or Buffers(DEFAULT_BUFFER_MIB * MIB)
         self.streams = OpenStreams()
+        self._newest = NewestValues(self.buffers.outgoing, self._encode_newest)
         self.clock = clock
         self.warning: str | None = None
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -182,15 +183,14 @@ class Engine:
         return self._event(self._push(push))
 
     async def snapshot(self, index: int, codec: Codec) -> tuple[int, Encoded]:
-        """A fragment's current values, and the bin that gradients computed from them belong to.
+        """A fragment's current values, and the bin that gradients computed from them belong to; waits for room.
 
         Raises:
             NotInitializedError: The shard's parameters are not complete.
             InvalidInputError: The fragment does not live here.
         """
-        fragment, _ = self.shard.hosted(index)
-        async with self._encoded_with_lock(index, codec, with_momentum=False) as encoded:
-            return fragment.ledger.issuing_bin, encoded
+        ledger, encoded = await self._newest.get(self._wanted(index, codec, with_momentum=False))
+        return ledger.issuing_bin, encoded
 
     async def newest(self, index: int, answer: Answer, codec: Codec) -> tuple[Answer, Encoded]:
         """What an answer is now that was decided when the buffer had no room for its values; waits for room.
@@ -198,25 +198,22 @@ class Engine:
         Raises:
             InvalidInputError: The fragment does not live here.
         """
-        fragment, _ = self.shard.hosted(index)
-        async with self._encoded_with_lock(index, codec, with_momentum=self._with_momentum(fragment)) as encoded:
-            return self.shard.answer_with_newest(index, answer), encoded
+        with_momentum = self._with_momentum(self.shard.hosted(index)[0])
+        ledger, encoded = await self._newest.get(self._wanted(index, codec, with_momentum=with_momentum))
+        return answer_with_newest(self.shard.schedule, ledger, answer), encoded
 
-    @asynccontextmanager
-    async def _encoded_with_lock(self, index: int, codec: Codec, *, with_momentum: bool) -> AsyncIterator[Encoded]:
-        """A fragment's values, while its lock is held and they are its newest; room first, then the lock."""
-        fragment, values = self.shard.hosted(index)
-        num_elements = fragment.plan.num_elements * (2 if with_momentum else 1)
-        room = await self.buffers.outgoing.reserve(codec.encoded_bytes(num_elements))
-        try:
-            async with self._locks[index]:
-                encoded = await self._in_thread(
-                    lambda: outgoing(codec, values.encoded(codec, with_momentum=with_momentum))
-                )
-                yield Encoded(values=encoded, room=room)
-        except BaseException:
-            room.release()
-            raise
+    def _wanted(self, index: int, codec: Codec, *, with_momentum: bool) -> Wanted:
+        num_elements = self.shard.hosted(index)[1].num_elements * (2 if with_momentum else 1)
+        return Wanted(fragment=index, codec=codec, num_elements=num_elements, with_momentum=with_momentum)
+
+    async def _encode_newest(self, wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Outgoing]:
+        fragment, values = self.shard.hosted(wanted.fragment)
+        async with self._locks[wanted.fragment]:
+            begun()
+            encoded = await self._in_thread(
+                lambda: outgoing(wanted.codec, values.encoded(wanted.codec, with_momentum=wanted.with_momentum))
+            )
+            return fragment.ledger, encoded
 
     def forget(self, recipient: Recipient) -> None:
         """Send nothing more to a recipient whose stream has ended."""

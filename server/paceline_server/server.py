@@ -78,7 +78,7 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
-            buffers=Buffers.of(config.exchange.buffer_mib * MIB),
+            buffers=Buffers(config.exchange.buffer_mib * MIB),
             evidence=_evidence_keeper(config, index),
         )
         durable = self._store.durable

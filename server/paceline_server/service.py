@@ -197,7 +197,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             codec = self._downlink(request.codec)
             self._engine.shard.refuse_uninitialized()
             fragments = request.fragments or sorted(self._engine.shard.fragments)
-            await send_fragments(self._engine, fragments, codec, context.write)
+            with self._engine.buffers.stream():
+                await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
         except grpc.aio.InternalError:
@@ -211,7 +212,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             stream = await self._open(request, context)
             self._engine.streams.add(stream)
             try:
-                await stream.run(request)
+                with self._engine.buffers.stream():
+                    await stream.run(request)
             finally:
                 self._engine.streams.discard(stream)
         except PacelineError as error:

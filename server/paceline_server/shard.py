@@ -12,14 +12,12 @@ from paceline_server.fragment import FragmentValues
 from paceline_server.guard import Guard, remember
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.ledger import (
-    Answer,
     Decision,
     Ledger,
     Outcome,
     PushRequest,
     Roster,
     Schedule,
-    answer_with_newest,
     decide_close,
     decide_push,
     next_close_s,
@@ -248,10 +246,6 @@ class Shard:
     def decide_close(self, now: float, index: int) -> tuple[Decision, Ledger] | None:
         """Decide whether a fragment's bin closes; nothing changes until `keep`."""
         return decide_close(self.schedule, self._fragments[index].ledger, now, self.roster())
-
-    def answer_with_newest(self, index: int, answer: Answer) -> Answer:
-        """An answer as it is when a fragment's values of this moment go with it."""
-        return answer_with_newest(self.schedule, self._fragments[index].ledger, answer)
 
     def keep(
         self, index: int, decision: Decision, ledger: Ledger, worker: str | None, norm: float | None = None
