@@ -307,21 +307,17 @@ def test_a_truncated_message_ends_its_stream_only(address: str, hostile: RawWork
     """A protobuf message without its last bytes is no message: its stream ends with that, and nothing else."""
     opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=hostile.worker)).SerializeToString()
     whole = pushed().SerializeToString()
-    with (
-        grpc.insecure_channel(address) as channel,
-        RawWorker(address, "bystander") as bystander,
-        bystander.exchange(opened=False) as other,
-    ):
-        bystander.join()
-        other.open()
+    with grpc.insecure_channel(address) as channel, RawWorker(address, "beside") as beside:
+        beside.join()
         path = "/paceline_wire.v1.ParameterServerService/Exchange"
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
-        for cut in (1, 500, len(whole) - 1):
-            with pytest.raises(grpc.RpcError) as refused:
-                list(method(iter([opening, whole[:-cut]]), timeout=PATIENCE_S))
-            expect(ended(refused.value), "InvalidInputError", INVALID, "a message is truncated, or no message")
-        other.send(pb.ExchangeRequest(data=b"data"))
-        expect(other.end(), "InvalidInputError", INVALID, "before any payload")
+        with beside.exchange() as other:
+            for cut in (1, 500, len(whole) - 1):
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(method(iter([opening, whole[:-cut]]), timeout=PATIENCE_S))
+                expect(ended(refused.value), "InvalidInputError", INVALID, "a message is truncated, or no message")
+            other.send(pb.ExchangeRequest(data=b"data"))
+            expect(other.end(), "InvalidInputError", INVALID, "before any payload")
 
 
 def test_bytes_that_are_no_protocol_do_no_harm(address: str, hostile: RawWorker) -> None:
