@@ -25,7 +25,7 @@ Rules:
    that it was computed at.
 9. Participation: every push is answered at once, as in 3, but the next bin starts when all active workers have pushed
    since this one did.
-10. A worker that goes on from the saved state of an earlier incarnation takes over the pushes of that one (takeover.py).
+10. A worker that goes on from the saved state of an earlier incarnation takes over its pushes (takeover.py).
 """
 
 from collections.abc import Mapping

@@ -172,9 +172,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             request.worker.worker_id, request.previous_incarnation, request.worker.incarnation
         )
         return [
-            pb.FragmentProgress(
-                fragment=each.fragment, seq=each.seq, refused=each.refused, superseded=each.superseded
-            )
+            pb.FragmentProgress(fragment=each.fragment, seq=each.seq, refused=each.refused, superseded=each.superseded)
             for each in progress
         ]
 

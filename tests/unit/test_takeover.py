@@ -22,9 +22,7 @@ def pushed(
     ledger: Ledger, incarnation: int, seq: int, *, worker: str = "a", problem: str | None = None, of: Schedule = AT_ONCE
 ) -> tuple[Decision, Ledger]:
     """Decide about a push that is current."""
-    request = PushRequest(
-        worker=worker, incarnation=incarnation, seq=seq, base_bin=ledger.issuing_bin, problem=problem
-    )
+    request = PushRequest(worker=worker, incarnation=incarnation, seq=seq, base_bin=ledger.issuing_bin, problem=problem)
     return decide_push(of, ledger, 0.0, ROSTER, request)
 
 
