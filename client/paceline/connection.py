@@ -16,9 +16,11 @@ from typing import TypeVar
 
 import grpc
 
+from paceline.calls import CALL_S
 from paceline.channels import Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
 from paceline.worker import ReceivedUpdate
+from paceline.worker_state import Progress
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import NotAMemberError, NotInitializedError, PacelineError, UnavailableError
@@ -29,9 +31,6 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
-
-CALL_S = 20.0
-"""Seconds after which a call with one small answer counts as lost and is made again."""
 
 HEARTBEATS_PER_LEASE = 3
 """A worker stays a member when two heartbeats in a row are lost."""
@@ -157,13 +156,23 @@ class ShardConnection:
             )
         await self._channel.close()
 
-    async def _join(self) -> None:
-        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker)
+    async def take_over(self, previous: int) -> dict[int, Progress]:
+        """Join once more, to go on with the pushes of an earlier incarnation; how far each fragment got with them.
+
+        Raises:
+            PacelineError: The shard refuses, or cannot be reached.
+        """
+        answer = await self._join(previous)
+        return {each.fragment: Progress(seq=each.seq, superseded=each.superseded) for each in answer.progress}
+
+    async def _join(self, previous: int | None = None) -> pb.JoinResponse:
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker, previous_incarnation=previous)
         answer = await self._call(self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata))
         self.worker_index = answer.worker_index
         self.inner_steps = answer.inner_steps
         self.active_workers = answer.active_workers
         self._lease_s = answer.lease_ms / 1000
+        return answer
 
     async def _call(self, call: Awaitable[_Answer]) -> _Answer:
         try:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,10 +30,18 @@ from paceline_server.newest import NewestValues, Wanted
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
+from paceline_server.takeover import Progress, take_over
 from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import CodecError, PacelineError, StorageError, StorageFullError, UnavailableError
+from paceline_wire.errors import (
+    CodecError,
+    NotInitializedError,
+    PacelineError,
+    StorageError,
+    StorageFullError,
+    UnavailableError,
+)
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Outgoing, outgoing
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -129,23 +138,34 @@ class Engine:
         """Held during an upload of first parameters, so that uploads do not mix."""
         return self._initializing
 
-    async def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
-        """Take the manifest of a first upload; False if the parameters are here already.
+    async def begin_initialization(
+        self, manifest: Manifest, initialization_id: int, replaces: int | None = None
+    ) -> bool:
+        """Take the manifest of a first upload; False if the parameters are here already, and stay.
+
+        Args:
+            manifest: The manifest.
+            initialization_id: The upload.
+            replaces: The upload whose parameters this one may replace; None: none.
 
         Raises:
             ManifestMismatchError: The run has another manifest.
         """
-        if not self.shard.begin_initialization(manifest, initialization_id):
-            return False
-        self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
-        await self._append(
-            Initialized(
-                manifest=manifest,
-                initialization_id=initialization_id,
-                shard=self.shard.index,
-                num_shards=self.shard.num_shards,
+        async with AsyncExitStack() as held:
+            # Nobody may push to parameters that are about to be replaced.
+            for lock in self._locks.values():
+                await held.enter_async_context(lock)
+            if not self.shard.begin_initialization(manifest, initialization_id, replaces):
+                return False
+            self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
+            await self._append(
+                Initialized(
+                    manifest=manifest,
+                    initialization_id=initialization_id,
+                    shard=self.shard.index,
+                    num_shards=self.shard.num_shards,
+                )
             )
-        )
         return True
 
     async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
@@ -178,9 +198,37 @@ class Engine:
         Raises:
             NotInitializedError: The shard's parameters are not complete.
         """
-        self.shard.hosted(push.fragment)
+        fragment, _ = self.shard.hosted(push.fragment)
         self._recipients[push.request.worker, push.request.incarnation, push.fragment] = recipient
-        return self._event(self._push(push))
+        return self._event(self._push(push, fragment))
+
+    async def take_over(self, worker: str, previous: int, incarnation: int) -> list[Progress]:
+        """Let a worker's new incarnation go on with the pushes of a previous one; how far each fragment got with them.
+
+        Pushes of the previous one that are being processed are counted, and none enters afterwards.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+            InvalidInputError: previous is not an earlier incarnation.
+            SupersededError: A newer incarnation has come.
+            StorageFullError: There is no room to keep that; ask again.
+        """
+        self.shard.refuse_uninitialized()
+        events = [self._event(self._take_over(index, worker, previous, incarnation)) for index in self.shard.fragments]
+        return list(await asyncio.shield(asyncio.gather(*events)))
+
+    async def _take_over(self, index: int, worker: str, previous: int, incarnation: int) -> Progress:
+        async with self._locks[index]:
+            fragment = self.shard.fragments[index]
+            progress, ledger = take_over(fragment.ledger, index, worker, previous, incarnation)
+            if ledger is not fragment.ledger:
+                reason = f"incarnation {incarnation} of worker {worker} goes on from {previous}"
+                decision = Decision(outcome=Outcome.TAKEN_OVER, reason=reason)
+                record = Decided(fragment=index, time_s=self.clock(), push=None, decision=decision, ledger=ledger)
+                number = await self._append(record)
+                self.shard.keep(index, decision, ledger, None)
+                fragment.record = number
+            return progress
 
     async def snapshot(self, index: int, codec: Codec) -> tuple[int, Encoded]:
         """A fragment's current values, and the bin that gradients computed from them belong to; waits for room.
@@ -285,18 +333,20 @@ class Engine:
         """Why nothing is taken from a worker now; None if it is a member."""
         return self.shard.membership.refusal(self.clock(), worker.worker_id, worker.incarnation)
 
-    async def _push(self, push: ReceivedPush) -> None:
+    async def _push(self, push: ReceivedPush, fragment: HostedFragment) -> None:
         try:
-            await self._decide_and_apply(push)
+            await self._decide_and_apply(push, fragment)
         finally:
             push.room.release()
 
-    async def _decide_and_apply(self, push: ReceivedPush) -> None:
+    async def _decide_and_apply(self, push: ReceivedPush, fragment: HostedFragment) -> None:
         async with self._locks[push.fragment]:
+            if self.shard.fragments.get(push.fragment) is not fragment:
+                raise NotInitializedError("the run was initialized anew, and this push belongs to what it replaced")
             self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
             push = await self._inspected(push)
             now_s, request = self.clock(), push.request
-            recent_norms = self.shard.fragments[push.fragment].norms
+            recent_norms = fragment.norms
             decision, ledger = self.shard.decide_push(now_s, push.fragment, request)
             if decision.outcome is Outcome.REFUSED and request.problem is not None:
                 _log.warning(
@@ -417,7 +467,7 @@ class Engine:
             _log.critical("the shard ends: %s", reason)
             self.failed.set_result(reason)
 
-    def _event(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _event(self, work: Coroutine[Any, Any, _Result]) -> "asyncio.Task[_Result]":
         task = asyncio.create_task(work)
         self._events.add(task)
         task.add_done_callback(self._events.discard)

@@ -102,6 +102,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             shard_index=shard.index,
             fragment_elements=self._fragment_elements,
             active_workers=len(shard.membership.active),
+            initialization_id=shard.initialization_id if shard.initialized else None,
+            initializing=self._engine.initializing.locked(),
         )
 
     @with_status
@@ -117,8 +119,9 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                     f"the manifest cuts fragments of {manifest.fragment_elements} elements; "
                     f"this run's are {self._fragment_elements}: take them from Describe"
                 )
+            replaces = message.start.replaces if message.start.HasField("replaces") else None
             async with self._engine.initializing:
-                taken = await self._engine.begin_initialization(manifest, message.start.initialization_id)
+                taken = await self._engine.begin_initialization(manifest, message.start.initialization_id, replaces)
                 if taken:
                     await self._take_fragments(request)
             return pb.InitializeResponse(
@@ -168,7 +171,19 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             heartbeat_ms=max(1, round(membership.heartbeat_s * 1000)),
             inner_steps=membership.inner_steps(member.worker),
             active_workers=len(membership.active),
+            progress=await self._progress(request),
         )
+
+    async def _progress(self, request: pb.JoinRequest) -> list[pb.FragmentProgress]:
+        if not request.HasField("previous_incarnation"):
+            return []
+        progress = await self._engine.take_over(
+            request.worker.worker_id, request.previous_incarnation, request.worker.incarnation
+        )
+        return [
+            pb.FragmentProgress(fragment=each.fragment, seq=each.seq, refused=each.refused, superseded=each.superseded)
+            for each in progress
+        ]
 
     @with_status
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:

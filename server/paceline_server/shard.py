@@ -93,19 +93,26 @@ class Shard:
         """This shard's fragments by index; empty until the manifest is known."""
         return self._fragments
 
-    def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
-        """Take the manifest of a first upload; False if this shard has its parameters already.
+    def begin_initialization(self, manifest: Manifest, initialization_id: int, replaces: int | None = None) -> bool:
+        """Take the manifest of a first upload; False if this shard has its parameters already, and they stay.
 
         An upload that broke off may be begun again, by anybody and with any manifest, until the last fragment has come.
+        A complete one may be replaced by its name while nothing was pushed: its uploader died before it had reached
+        every shard.
 
         Raises:
             ManifestMismatchError: The run has another manifest; the text names the first difference.
         """
-        if self.initialized:
+        replaced = replaces == self.initialization_id and self._nothing_was_pushed
+        if self.initialized and not replaced:
             self.refuse_other_manifest(manifest)
             return False
         self.take_manifest(manifest, initialization_id)
         return True
+
+    @property
+    def _nothing_was_pushed(self) -> bool:
+        return all(fragment.ledger == Ledger() for fragment in self._fragments.values())
 
     def take_manifest(self, manifest: Manifest, initialization_id: int) -> None:
         """Begin anew with a manifest, whatever was here before."""
