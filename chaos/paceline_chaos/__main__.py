@@ -1,0 +1,5 @@
+"""Run the command as `python -m paceline_chaos`."""
+
+from paceline_chaos.command import main
+
+main()

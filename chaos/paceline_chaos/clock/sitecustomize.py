@@ -1,0 +1,40 @@
+"""Shifts the wall clock of a process that chaos starts, by the seconds that a file holds, whenever the clock is read.
+
+Python imports a module of this name by itself when it starts; chaos puts this folder on PYTHONPATH, and the file's path
+in the variable below. The monotonic clock stays as it is, as it does when somebody sets a host's clock.
+"""
+
+import os
+import time
+from pathlib import Path
+
+VARIABLE = "PACELINE_CHAOS_CLOCK"
+
+
+def shift(path: Path) -> None:
+    """Let time.time and time.time_ns follow the file, and write every shift that was read to the file beside it."""
+    real, real_ns = time.time, time.time_ns
+    seen = {0.0}
+
+    def offset_s() -> float:
+        try:
+            found = float(path.read_text() or 0)
+        except (OSError, ValueError):
+            return 0.0
+        if found not in seen:
+            seen.add(found)
+            with seen_path(path).open("a") as notes:
+                notes.write(f"{found!r}\n")
+        return found
+
+    time.time = lambda: real() + offset_s()
+    time.time_ns = lambda: real_ns() + round(offset_s() * 1e9)
+
+
+def seen_path(path: Path) -> Path:
+    """Where the shifts that a process has read are noted, one a line."""
+    return path.with_name(path.name + ".seen")
+
+
+if VARIABLE in os.environ:
+    shift(Path(os.environ[VARIABLE]))
