@@ -69,6 +69,7 @@ class Replica:
         shard = self._begun()
         if isinstance(record, Initialized):
             shard.take_manifest(record.manifest, record.initialization_id)
+            self._forms.clear()
         elif isinstance(record, FragmentInitialized):
             self._take_first_values(shard, number, record)
         elif isinstance(record, MembershipChanged):

@@ -24,6 +24,7 @@ from paceline_wire.errors import (
     NotInitializedError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnavailableError,
 )
 from paceline_wire.manifest import Fragment, Manifest
@@ -65,11 +66,32 @@ class Session:
     async def join(self, worker: pb.Worker) -> None:
         """Become a member on every shard.
 
+        This start is later than whatever a shard knows of this worker, even if the clock was set back meanwhile: where
+        a shard knows a higher incarnation, the next one is taken.
+
         Raises:
             PacelineError: A shard refuses, or cannot be reached.
         """
+        try:
+            await self._join_as(worker)
+        except SupersededError as error:
+            if error.newest_incarnation is None:
+                raise
+            later = pb.Worker(worker_id=worker.worker_id, incarnation=error.newest_incarnation + 1)
+            _log.info("joining as incarnation %d: the clock is behind this worker's last start", later.incarnation)
+            await self._join_as(later)
+
+    async def _join_as(self, worker: pb.Worker) -> None:
         self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
-        await asyncio.gather(*(_persistently(connection.join, REACH_S) for connection in self.connections))
+        joins = (_persistently(connection.join, REACH_S) for connection in self.connections)
+        ends = await asyncio.gather(*joins, return_exceptions=True)
+        failures = [end for end in ends if isinstance(end, BaseException)]
+        superseded = [error for error in failures if isinstance(error, SupersededError)]
+        if superseded:
+            await asyncio.gather(*(connection.close() for connection in self.connections))
+            raise max(superseded, key=lambda error: error.newest_incarnation or 0)
+        if failures:
+            raise failures[0]
 
     def begin_exchange(self, downlink: Codec) -> None:
         """Open the exchange streams that are not open yet; updates are written as downlink says."""
@@ -244,7 +266,10 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
 
 
 def new_worker(worker_id: str) -> pb.Worker:
-    """A worker's identity for this start: the incarnation is the wall clock's, so that a later start is higher."""
+    """A worker's identity for this start: the incarnation is the wall clock's, so that a later start is higher.
+
+    Where the clock was set back, `Session.join` mends it.
+    """
     return pb.Worker(worker_id=worker_id, incarnation=time.time_ns())
 
 
