@@ -103,7 +103,9 @@ class Replica:
                     found.append(f"fragment {index} was recovered without the values that the journal gives it")
                 continue
             if (hosted.values.open_bin, hosted.values.newest) != (other.values.open_bin, other.values.newest):
-                found.append(f"fragment {index} was recovered in bin {other.values.open_bin}, not {hosted.values.open_bin}")
+                found.append(
+                    f"fragment {index} was recovered in bin {other.values.open_bin}, not {hosted.values.open_bin}"
+                )
             for name, vector in hosted.values.vectors.items():
                 changed = int((vector.view(torch.int32) != other.values.vectors[name].view(torch.int32)).sum())
                 if changed:
