@@ -4,7 +4,7 @@ With c the open bin and b the bin of gradient g, which entered at learning rate 
 
     u = sum eta beta^(c-b) g          w = w_0 - sum eta (1 - beta^(c-b+1)) / (1 - beta) g
 
-Since the second sum is (a - beta u) / (1 - beta) with a = sum eta g, two sums are enough, whatever the number of pushes.
+The second sum is (a - beta u) / (1 - beta) with a = sum eta g, so two sums are enough, whatever the number of pushes.
 """
 
 from dataclasses import dataclass

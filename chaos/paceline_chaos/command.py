@@ -129,16 +129,3 @@ def _tell(*, to_stderr: bool) -> Any:
         click.echo(line, err=to_stderr)
 
     return tell
-
-
-def main() -> None:
-    """Run the command alone, as the group of all commands would: a PacelineError is a sentence and an exit code."""
-    from paceline.cli import cli
-
-    if "chaos" not in cli.commands:
-        cli.add_command(chaos)
-    cli(["chaos", *sys.argv[1:]], prog_name="paceline")
-
-
-if __name__ == "__main__":
-    main()

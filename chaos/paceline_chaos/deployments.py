@@ -1,9 +1,9 @@
 """Puts a deployment under fire, chaos's own or a user's, and brings home what it came to."""
 
+import asyncio
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +73,9 @@ async def try_own(request: Request, tell: Callable[[str], None]) -> Outcome:
     outcome = Outcome(seed=request.seed)
     with tempfile.TemporaryDirectory(prefix="paceline-chaos-") as folder:
         if ordinary:
-            with _data_dir(request, Path(folder)) as data_dir:
-                settings = request.settings(kinds=ordinary, data_dir=data_dir)
-                outcome = await _campaign(settings, Path(folder) / "logs", tell)
+            data_dir = request.data_dir or Path(folder) / "data"
+            settings = request.settings(kinds=ordinary, data_dir=data_dir)
+            outcome = await _campaign(settings, Path(folder) / "logs", tell)
         if Kind.FULL_DISK in request.kinds and outcome.held:
             outcome = outcome.merged(await _with_full_disk(request, Path(folder), tell))
     return _with_every_kind(outcome, request)
@@ -126,7 +126,7 @@ async def try_foreign(
 
 
 async def _campaign(settings: CampaignSettings, folder: Path, tell: Callable[[str], None]) -> Outcome:
-    folder.mkdir()
+    await asyncio.to_thread(folder.mkdir)
     if settings.data_dir is None:
         raise ValueError("a deployment of chaos's own has a data directory")
     server = OwnServer(folder, settings.data_dir, settings.shards, FLAGS)
@@ -159,8 +159,3 @@ def _with_every_kind(outcome: Outcome, request: Request) -> Outcome:
     if missing and outcome.held:
         outcome.lost.append(f"the run was too short for these faults, which never happened: {', '.join(missing)}")
     return outcome
-
-
-@contextmanager
-def _data_dir(request: Request, folder: Path) -> Iterator[Path]:
-    yield request.data_dir if request.data_dir is not None else folder / "data"

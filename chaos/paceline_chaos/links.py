@@ -1,7 +1,7 @@
 """Links with faults: a TCP relay on loopback between a worker and a shard that can go wrong in every way at will.
 
-What is relayed are the bytes of a connection. So to drop, repeat, reorder or flip some of them breaks what TCP promises,
-as a faulty middlebox does: the peers must notice, end the connection, and recover.
+What is relayed are the bytes of a connection. So to drop, repeat, reorder or flip some of them breaks what TCP
+promises, as a faulty middlebox does: the peers must notice, end the connection, and recover.
 """
 
 import asyncio
@@ -173,7 +173,7 @@ class FaultyLink:
             payloads = [(0, len(chunk))] if self._encrypted else finder.ranges(chunk)
             fault = self._faults.get(way)
             if fault is not None:
-                chunk = await self._afflict(fault, chunk, payloads)  # noqa: PLW2901  # what goes on is what is left
+                chunk = await self._afflict(fault, chunk, payloads)
             writer.write(chunk)
             await writer.drain()
         if writer.can_write_eof():

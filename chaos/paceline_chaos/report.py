@@ -79,13 +79,13 @@ def _findings(outcome: Outcome) -> list[str]:
     if verdict is not None:
         found.append(
             f"- pushes: {verdict.acknowledged:,} acknowledged, {verdict.found:,} of them found, once and with the same "
-            f"payload; {verdict.in_flight} more had arrived without their worker learning of it, {verdict.refused} were "
-            f"refused"
+            f"payload; {verdict.in_flight} more had arrived without their worker learning of it, "
+            f"{verdict.refused} were refused"
         )
         if outcome.looks:
             found.append(
-                f"- {outcome.looks} times the stopped server's directory was recovered and compared with a replica that "
-                f"had followed all {verdict.records:,} records without ever being restarted"
+                f"- {outcome.looks} times the stopped server's directory was recovered and compared with a replica "
+                f"that had followed all {verdict.records:,} records without ever being restarted"
             )
         if verdict.distance is not None:
             found.append(f"- parameters and momentum are within {verdict.distance:.1e} of the closed form in float64")

@@ -120,7 +120,7 @@ class Verifier:
         return found
 
     def _unacknowledged_pushes(self, kept: dict[PushKey, Kept]) -> list[str]:
-        """A witness sends a fragment's next push when the one before is answered, so only the newest can be in flight."""
+        """Where the next push was sent, the one before had been answered: only the newest can be in flight."""
         newest: dict[tuple[str, int, int], int] = {}
         for key in self._testimony.sent:
             newest[key[:3]] = max(key.seq, newest.get(key[:3], 0))

@@ -8,7 +8,8 @@ import os
 import time
 from pathlib import Path
 
-VARIABLE = "PACELINE_CHAOS_CLOCK"
+VARIABLE = "CHAOS_CLOCK_FILE"
+"""Not one of the server's own prefix, since it refuses variables of that which it does not know."""
 
 
 def shift(path: Path) -> None:
