@@ -165,40 +165,39 @@ class Campaign:
             await self._fill_disk(self._settings.balloon)
         if fault.stopped_s is not None:
             await self._server.stop_for(fault.stopped_s)
-            outcome.count(Kind.SERVER_STOP).fired += 1
-            await self._require_any_push("SIGSTOP and SIGCONT of the server")
-            outcome.count(Kind.SERVER_STOP).survived += 1
+            outcome.count(Kind.SERVER_STOP).happened()
+            after_s = await self._require_any_push("SIGSTOP and SIGCONT of the server")
+            outcome.count(Kind.SERVER_STOP).was_survived(after_s)
         if Kind.SERVER_KILL not in self._settings.kinds:
             return
         began_s = time.monotonic()
         await self._server.kill(fault.one_shard)
         killed_s = time.monotonic() - began_s
-        outcome.count(Kind.SERVER_KILL).fired += 1
+        outcome.count(Kind.SERVER_KILL).happened()
         await self._compare()
         if fault.jump_s is not None and isinstance(self._server, OwnServer):
             await asyncio.to_thread(self._server.clock_file.write_text, repr(fault.jump_s))
         outcome.recovery_s.append(killed_s + await self._server.start())
-        await self._require_any_push("SIGKILL and restart of the server")
-        outcome.count(Kind.SERVER_KILL).survived += 1
+        after_s = await self._require_any_push("SIGKILL and restart of the server")
+        outcome.count(Kind.SERVER_KILL).was_survived(after_s)
         if fault.jump_s is not None and isinstance(self._server, OwnServer):
             clock_file, jump_s = self._server.clock_file, fault.jump_s
             await self._until(lambda: clock_was_read(clock_file, jump_s), "the server never read its moved clock")
-            outcome.count(Kind.SERVER_CLOCK).fired += 1
-            outcome.count(Kind.SERVER_CLOCK).survived += 1
+            outcome.count(Kind.SERVER_CLOCK).happened()
+            outcome.count(Kind.SERVER_CLOCK).was_survived(after_s)
 
     async def _fill_disk(self, balloon: Path) -> None:
         count = self.outcome.count(Kind.FULL_DISK)
-        count.num_bytes += await asyncio.to_thread(fill, balloon)
+        num_bytes = await asyncio.to_thread(fill, balloon)
         deadline_s = time.monotonic() + PATIENCE_S
         while not await is_full(self._server.address):
             if time.monotonic() > deadline_s:
                 raise LostError("the disk is full, and the server does not tell")
             # A snapshot that was given up leaves room again.
-            count.num_bytes += await asyncio.to_thread(fill, balloon)
-        count.fired += 1
+            num_bytes += await asyncio.to_thread(fill, balloon)
+        count.happened(num_bytes)
         await asyncio.to_thread(balloon.unlink)
-        await self._require_any_push("the disk was full and has room again")
-        count.survived += 1
+        count.was_survived(await self._require_any_push("the disk was full and has room again"))
 
     async def _compare(self) -> None:
         """Compare the stopped server's directory with the witnesses.
@@ -232,10 +231,8 @@ class Campaign:
                 break
         else:
             raise LostError(f"{fault.kind.value} found nothing to hit at worker {worker.name} in {ATTEMPTS} attempts")
-        count.fired += 1
-        count.num_bytes += touched
-        await self._require_push(worker.name, f"{fault.kind.value} of worker {worker.name}")
-        count.survived += 1
+        count.happened(touched)
+        count.was_survived(await self._require_push(worker.name, f"{fault.kind.value} of worker {worker.name}"))
 
     async def _apply(self, worker: Witness, fault: WorkerFault) -> int | None:
         """Let a fault happen; returns the bytes that it touched, or None if it found nothing to hit."""
@@ -273,8 +270,8 @@ class Campaign:
             link.cut()
         return active.num_bytes
 
-    async def _require_push(self, worker: str, after: str) -> None:
-        """Wait for an acknowledgement of this worker.
+    async def _require_push(self, worker: str, after: str) -> float:
+        """Wait for an acknowledgement of this worker; returns the seconds that it took.
 
         Raises:
             LostError: None came.
@@ -282,21 +279,23 @@ class Campaign:
         await self._refresh()
         before = self.testimony.pushes_of.get(worker, 0)
         sentence = f"worker {worker} had no push acknowledged within {PATIENCE_S:g} s after {after}"
-        await self._until(lambda: self.testimony.pushes_of.get(worker, 0) > before, sentence)
+        return await self._until(lambda: self.testimony.pushes_of.get(worker, 0) > before, sentence)
 
-    async def _require_any_push(self, after: str) -> None:
+    async def _require_any_push(self, after: str) -> float:
         await self._refresh()
         before = len(self.testimony.acknowledged)
         sentence = f"no push of any worker was acknowledged within {PATIENCE_S:g} s after {after}"
-        await self._until(lambda: len(self.testimony.acknowledged) > before, sentence)
+        return await self._until(lambda: len(self.testimony.acknowledged) > before, sentence)
 
-    async def _until(self, condition: Callable[[], bool], otherwise: str) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
+    async def _until(self, condition: Callable[[], bool], otherwise: str) -> float:
+        began_s = time.monotonic()
+        deadline_s = began_s + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline_s:
                 raise LostError(otherwise)
             await asyncio.sleep(LOOK_EVERY_S)
             await self._refresh()
+        return time.monotonic() - began_s
 
     async def _refresh(self) -> None:
         async with self._reading:

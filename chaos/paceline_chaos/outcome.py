@@ -16,11 +16,23 @@ class Count:
         fired: How often it happened.
         survived: How often pushes were acknowledged again after it.
         num_bytes: Bytes that it touched, for faults of links and disks.
+        longest_s: Seconds from its end until pushes were acknowledged again, at most.
     """
 
     fired: int = 0
     survived: int = 0
     num_bytes: int = 0
+    longest_s: float = 0.0
+
+    def happened(self, num_bytes: int = 0) -> None:
+        """Count one."""
+        self.fired += 1
+        self.num_bytes += num_bytes
+
+    def was_survived(self, after_s: float) -> None:
+        """Count one of those as survived."""
+        self.survived += 1
+        self.longest_s = max(self.longest_s, after_s)
 
 
 @dataclass(kw_only=True)
@@ -69,6 +81,7 @@ class Outcome:
                 into.fired += count.fired
                 into.survived += count.survived
                 into.num_bytes += count.num_bytes
+                into.longest_s = max(into.longest_s, count.longest_s)
             total.recovery_s += part.recovery_s
             total.looks += part.looks
             total.starts += part.starts

@@ -38,16 +38,17 @@ def section(outcome: Outcome, where: dict[str, Any]) -> str:
         f"{outcome.took_s / 60:.0f} minutes, on {where['cores']} cores of {where['cpu']}, {where['system']}, Python "
         f"{where['python']}, {versions}, {where['date']}.",
         "",
-        "| fault | what happens | times | survived | bytes touched |",
-        "|---|---|---|---|---|",
+        "| fault | what happens | times | survived | bytes touched | pushing again after, at most |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in Kind:
         if kind in outcome.skipped:
-            lines.append(f"| {kind.value} | {MEANINGS[kind]} | skipped: {outcome.skipped[kind]} | | |")
+            lines.append(f"| {kind.value} | {MEANINGS[kind]} | skipped: {outcome.skipped[kind]} | | | |")
         elif kind in outcome.counts:
             count = outcome.counts[kind]
             touched = f"{count.num_bytes:,}" if count.num_bytes else ""
-            lines.append(f"| {kind.value} | {MEANINGS[kind]} | {count.fired} | {count.survived} | {touched} |")
+            cells = (kind.value, MEANINGS[kind], count.fired, count.survived, touched, f"{count.longest_s:.1f} s")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", *_findings(outcome)]) + "\n"
 
 
@@ -65,7 +66,8 @@ def write_section(page: Path, text: str) -> None:
 def lines(outcome: Outcome) -> list[str]:
     """The outcome for a terminal."""
     found = [
-        f"{kind.value:<14}{count.fired:>6} times, survived {count.survived:>4}"
+        f"{kind.value:<14}{count.fired:>6} times, survived {count.survived:>4}, "
+        f"pushing again after {count.longest_s:4.1f} s at most"
         + (f", {count.num_bytes:,} bytes touched" if count.num_bytes else "")
         for kind, count in sorted(outcome.counts.items(), key=lambda item: list(Kind).index(item[0]))
     ]
