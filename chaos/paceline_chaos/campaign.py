@@ -17,7 +17,7 @@ from paceline_chaos.links import ActiveFault, FaultyLink, LinkFault, Way
 from paceline_chaos.outcome import Outcome
 from paceline_chaos.plan import Kind, ServerFault, WorkerFault, server_faults, worker_faults
 from paceline_chaos.servers import OwnServer, Server, fill, is_full
-from paceline_chaos.testimony import Testimony
+from paceline_chaos.testimony import WitnessLogs
 from paceline_chaos.verdict import Verifier
 from paceline_chaos.workers import Witness, WitnessSettings, clock_was_read
 from paceline_wire.errors import PacelineError
@@ -84,7 +84,7 @@ class Campaign:
         self, settings: CampaignSettings, server: Server, witnesses: WitnessSettings, tell: Callable[[str], None]
     ) -> None:
         self.outcome = Outcome(seed=settings.seed)
-        self.testimony = Testimony(witnesses.folder)
+        self.testimony = WitnessLogs(witnesses.folder)
         self._settings = settings
         self._server = server
         self._witness_settings = witnesses

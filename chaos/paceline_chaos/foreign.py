@@ -14,7 +14,7 @@ import paceline
 from paceline.fragments import gather
 from paceline_chaos.closed_form import TOLERANCE, ClosedForm, Coefficients, distance
 from paceline_chaos.gradients import first_parameters
-from paceline_chaos.testimony import PushKey, Sent, Testimony
+from paceline_chaos.testimony import PushKey, Sent, WitnessLogs
 from paceline_wire import codecs
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.manifest import Fragment
@@ -66,7 +66,7 @@ def require_comparable(configuration: pb.RunConfiguration, *, initialized: bool)
 
 
 async def compare_fetched(
-    client: paceline.Client, testimony: Testimony, coefficients: Coefficients, seed: int
+    client: paceline.Client, testimony: WitnessLogs, coefficients: Coefficients, seed: int
 ) -> FetchedVerdict:
     """Compare a quiet run with what its witnesses pushed; they must have kept the payloads."""
     base = await client.fetch("fp32")
@@ -99,7 +99,7 @@ class _FragmentCheck:
     def __init__(
         self,
         fragment: Fragment,
-        testimony: Testimony,
+        testimony: WitnessLogs,
         coefficients: Coefficients,
         initial: Mapping[str, torch.Tensor],
         pushes: list[PushKey],

@@ -54,7 +54,7 @@ class Acknowledged:
     refusal: str | None
 
 
-class Testimony:
+class WitnessLogs:
     """All that the witnesses have said so far.
 
     Args:

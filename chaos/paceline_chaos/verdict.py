@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paceline_chaos.replica import Kept, Replica, describe_distance
-from paceline_chaos.testimony import PushKey, Testimony
+from paceline_chaos.testimony import PushKey, WitnessLogs
 from paceline_server.storage.directory import shard_directories
 from paceline_server.storage.recovery import read_records, recover
 from paceline_wire.errors import StorageError
@@ -46,7 +46,7 @@ class Verifier:
         testimony: What the witnesses say.
     """
 
-    def __init__(self, data_dir: Path, testimony: Testimony) -> None:
+    def __init__(self, data_dir: Path, testimony: WitnessLogs) -> None:
         self.looks = 0
         self._data_dir = data_dir
         self._testimony = testimony
