@@ -113,6 +113,8 @@ class _FragmentCheck:
 
     def compare(self, found: torch.Tensor, open_bin: int) -> tuple[float, int]:
         """Distance from the closed form in a bin, and how many of the open pushes it takes for that."""
+        if any(self._testimony.sent[key].base_bin > open_bin for key in self.certain):
+            return float("inf"), 0
         form = ClosedForm(self._initial, self._coefficients)
         form.open_bins(open_bin)
         for key in self.certain:

@@ -40,6 +40,7 @@ class Record:
     def __init__(self, path: Path, *, keep_payloads: bool) -> None:
         self._log = path.open("xb", buffering=0)
         self._payload_path = path.with_suffix(".payloads")
+        self._keeping = threading.Lock()
         self._payloads = self._payload_path.open("xb", buffering=0) if keep_payloads else None
 
     def write(self, line: dict[str, Any]) -> None:
@@ -51,8 +52,9 @@ class Record:
         data = push.outer_gradient.payload.numpy().data
         kept = None
         if self._payloads is not None:
-            kept = (self._payload_path, self._payloads.tell(), len(data))
-            self._payloads.write(data)
+            with self._keeping:  # fragments are pushed side by side
+                kept = (self._payload_path, self._payloads.tell(), len(data))
+                self._payloads.write(data)
         codec = codecs.codec_of_wire(push.outer_gradient.announced.codec).name
         sent = Sent(base_bin=push.base_bin, codec=codec, crc32=zlib.crc32(data), payload=kept)
         self.write(sent_line(key, sent))
