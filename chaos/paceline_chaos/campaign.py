@@ -112,8 +112,9 @@ class Campaign:
             except* PacelineError as failed:
                 self.outcome.lost += [str(error) for error in _leaves(failed)]
         self.outcome.starts = sum(worker.starts for worker in self._workers)
-        self.outcome.ends = [end for worker in self._workers for end in worker.ends]
-        self.outcome.lost += [end for end in self.outcome.ends if "garbled" not in end]
+        ends = [end for worker in self._workers for end in worker.ends]
+        self.outcome.ends = [end.sentence for end in ends]
+        self.outcome.lost += [end.sentence for end in ends if not end.excused]
         self.outcome.looks = self._verifier.looks if self._verifier is not None else 0
         self.outcome.took_s = time.monotonic() - began_s
         return self.outcome
@@ -151,7 +152,6 @@ class Campaign:
             return
         faults = server_faults(settings.seed, settings.kinds, shards=settings.shards)
         for number, fault in enumerate(itertools.islice(faults, settings.kills), start=1):
-            await self._require_any_push("the server's last start")
             await asyncio.sleep(fault.pause_s)
             if time.monotonic() > self._over_s:
                 return
@@ -259,7 +259,7 @@ class Campaign:
         link.begin(active)
         try:
             await asyncio.wait_for(active.fired.wait(), FIRE_S)
-            worker.garbled_since_start |= active.kind.garbles
+            worker.garbled_since_start |= active.kind.garbles and not self._settings.encrypted
             if active.kind.lasts:
                 await asyncio.sleep(fault.lasts_s)
         except TimeoutError:

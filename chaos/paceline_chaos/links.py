@@ -36,8 +36,8 @@ class LinkFault(Enum):
 
     @property
     def garbles(self) -> bool:
-        """Whether the bytes that arrive are no longer those that were sent."""
-        return self in (LinkFault.DROP, LinkFault.DUPLICATE, LinkFault.REORDER, LinkFault.CORRUPT)
+        """Whether bytes outside of payloads may not arrive as they were sent."""
+        return self in (LinkFault.DROP, LinkFault.DUPLICATE, LinkFault.REORDER)
 
     @property
     def lasts(self) -> bool:

@@ -97,7 +97,10 @@ def _findings(outcome: Outcome) -> list[str]:
             f"median, {recovery['max']:.2f} s at most"
         )
     if outcome.ends:
-        found.append(f"- {len(outcome.ends)} times a worker whose connection was garbled ended and was started again")
+        found.append(
+            f"- {len(outcome.ends)} times a worker ended, since its connection was garbled or it found no server at its "
+            "start, and was started again"
+        )
     if outcome.held:
         return [*found, "- nothing that was acknowledged was lost, nothing was counted twice, no bit differs"]
     return [*found, *(f"- **lost**: {sentence}" for sentence in outcome.lost)]

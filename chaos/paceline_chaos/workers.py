@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from paceline_chaos.clock import sitecustomize as clock
 from paceline_chaos.links import FaultyLink
@@ -39,6 +40,19 @@ class WitnessSettings:
     tls_ca: str | None = None
 
 
+class End(NamedTuple):
+    """How a witness ended that was not told to.
+
+    Attributes:
+        sentence: What it said.
+        excused: Whether it may: bytes of its connection were changed outside of payloads, which without TLS nothing can
+            tell from a message of the server, or it was starting and found no server.
+    """
+
+    sentence: str
+    excused: bool
+
+
 class Witness:
     """One worker: a process that is started again whenever it ends before it should.
 
@@ -52,7 +66,7 @@ class Witness:
         self.name = name
         self.link = link
         self.starts = 0
-        self.ends: list[str] = []
+        self.ends: list[End] = []
         self.garbled_since_start = False
         self._settings = settings
         self._clock_file = settings.folder / f"{name}.clock"
@@ -109,7 +123,8 @@ class Witness:
         try:
             await asyncio.wait_for(process.wait(), FINISH_S)
         except TimeoutError:
-            self.ends.append(f"worker {self.name} did not finish its last round within {FINISH_S:g} s")
+            sentence = f"worker {self.name} did not finish its last round within {FINISH_S:g} s"
+            self.ends.append(End(sentence, excused=False))
         await self._kill()
 
     async def close(self) -> None:
@@ -130,21 +145,24 @@ class Witness:
         await process.wait()
         if self._expected_to_end:
             return
-        self.ends.append(self._last_words(process.returncode))
+        self.ends.append(await asyncio.to_thread(self._end, process.returncode))
         await self.start()
 
-    def _last_words(self, code: int | None) -> str:
+    def _end(self, code: int | None) -> End:
+        """What its log says of its end, or its messages."""
+        said = [json.loads(line) for line in self._log().read_text().splitlines()[-1:]]
         link = "garbled" if self.garbled_since_start else "sound"
-        reason = f"exit code {code}"
-        for line in self._log().read_text().splitlines()[-1:]:
-            said = json.loads(line)
-            if said["event"] == "ended":
-                reason = f"{said['error']}: {said['reason']}"
-        if reason.startswith("exit"):
-            reason += "; " + " | ".join(
-                self._log().with_suffix(".stderr").read_text(errors="replace").splitlines()[-2:]
-            )
-        return f"worker {self.name} ended by itself, its link {link} since its start ({reason})"
+        opening = f"worker {self.name} ended by itself, its link {link} since its start"
+        if not said or said[0]["event"] != "ended":
+            tail = self._log().with_suffix(".stderr").read_text(errors="replace").splitlines()[-2:]
+            return End(f"{opening}: exit code {code}; {' | '.join(tail)}", excused=False)
+        # Who cannot reach a run at the start is told so; only a member must never see an error.
+        unreached = said[0]["error"] == "UnavailableError" and not self._had_joined()
+        sentence = f"{opening}: {said[0]['error']}: {said[0]['reason']}"
+        return End(sentence, excused=self.garbled_since_start or unreached)
+
+    def _had_joined(self) -> bool:
+        return '"sent"' in self._log().read_text()
 
     def _running(self) -> asyncio.subprocess.Process:
         if self._process is None:

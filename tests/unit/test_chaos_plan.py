@@ -13,7 +13,8 @@ from paceline_chaos.closed_form import ClosedForm, Coefficients, distance
 from paceline_chaos.outcome import Outcome
 from paceline_chaos.plan import Kind, server_faults, worker_faults
 from paceline_chaos.report import BEGIN, END, machine, section, write_section
-from support_core import PlayedFragment, Schedule, ScheduleKind, normal
+from paceline_server.ledger import Schedule, ScheduleKind
+from support_core import PlayedFragment, normal
 
 
 def test_a_plan_is_its_seeds() -> None:
