@@ -260,13 +260,14 @@ class Campaign:
         try:
             await asyncio.wait_for(active.fired.wait(), FIRE_S)
             worker.garbled_since_start |= active.kind.garbles and not self._settings.encrypted
-            if active.kind.lasts:
+            cuts = fault.ends_with_cut and (active.kind.garbles or active.kind is LinkFault.BLACKHOLE)
+            if active.kind.lasts or cuts:
                 await asyncio.sleep(fault.lasts_s)
         except TimeoutError:
             return None
         finally:
             link.end(active)
-        if active.kind is LinkFault.BLACKHOLE and fault.ends_with_cut:
+        if cuts:
             link.cut()
         return active.num_bytes
 

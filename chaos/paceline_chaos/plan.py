@@ -70,7 +70,8 @@ class WorkerFault:
         up: Whether it hits the link's direction to the server.
         pause_s: Seconds before it.
         lasts_s: Seconds that it lasts, where it does.
-        ends_with_cut: Whether a blackhole ends with a reset, as when a router forgets a connection.
+        ends_with_cut: Whether a blackhole, or a garbled connection, ends with a reset after that, as when a router
+            forgets it; without one, the peers find out by themselves, which takes them up to 50 s.
         bytes_per_s: The rate that is left (slow).
         delay_s: How much later things come (delay).
         jump_s: Seconds by which the clock is moved.

@@ -98,8 +98,8 @@ def _findings(outcome: Outcome) -> list[str]:
         )
     if outcome.ends:
         found.append(
-            f"- {len(outcome.ends)} times a worker ended, since its connection was garbled or it found no server at its "
-            "start, and was started again"
+            f"- {len(outcome.ends)} times a worker ended, since its connection was garbled or no server was there "
+            "when it started; each was started again"
         )
     if outcome.held:
         return [*found, "- nothing that was acknowledged was lost, nothing was counted twice, no bit differs"]
