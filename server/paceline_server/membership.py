@@ -306,7 +306,8 @@ class Membership:
         newest = self._newest_incarnation.get(worker, 0)
         if incarnation < newest:
             raise SupersededError(
-                f"worker {worker!r} has joined with a newer incarnation ({newest}); this one ({incarnation}) must stop"
+                f"worker {worker!r} has joined with a newer incarnation ({newest}); this one ({incarnation}) must stop",
+                newest,
             )
         if self._departures.has_left(worker, incarnation):
             raise SupersededError(

@@ -16,9 +16,11 @@ from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
+    NEWEST_INCARNATION_KEY,
     InvalidInputError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
@@ -36,9 +38,10 @@ async def abort(context: Context, error: PacelineError) -> NoReturn:
     # A traceback holds the frames that the error passed, they hold payloads, and some hold the error: only a garbage
     # collection of everything would free them.
     error.__traceback__ = None
-    await context.abort(
-        grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=((ERROR_METADATA_KEY, type(error).__name__),)
-    )
+    metadata = [(ERROR_METADATA_KEY, type(error).__name__)]
+    if isinstance(error, SupersededError) and error.newest_incarnation is not None:
+        metadata.append((NEWEST_INCARNATION_KEY, str(error.newest_incarnation)))
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=tuple(metadata))
     raise AssertionError("context.abort returned")  # it always raises; this tells the type checker
 
 
@@ -160,9 +163,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Make the caller an active worker."""
         _require_version(request.protocol_version)
         membership = self._engine.shard.membership
-        known = {(member.worker, member.incarnation) for member in membership.members}
+        known = {member.worker: member.incarnation for member in membership.members}
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
-        if (member.worker, member.incarnation) not in known:
+        # A new incarnation is kept too: after a restart, the one that it superseded must be refused as before.
+        if known.get(member.worker) != member.incarnation:
             _log.info("%s", reason)
             await self._engine.membership_changed()
         return pb.JoinResponse(

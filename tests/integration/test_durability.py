@@ -22,6 +22,7 @@ import paceline_server
 from integration.killable import KillableServer
 from integration.patience import PATIENCE_S, wait_until, wait_until_async
 from paceline_server.storage.directory import ShardDirectory
+from paceline_wire.errors import SupersededError
 from support_core import normal
 
 SIZE = 3000
@@ -116,6 +117,20 @@ async def test_membership_and_speed_survive(tmp_path: Path) -> None:
             assert status.storage.recovered_records > 0
             base = await worker.exchange(gradient(2), base)
             assert set(base.bins.values()) == {2}
+
+
+async def test_a_superseded_incarnation_stays_so(tmp_path: Path) -> None:
+    """A start that superseded another while that was a member is known after a kill: the other is refused still."""
+    with KillableServer(tmp_path, *FLAGS) as server:
+        async with paceline.connect(server.address, worker_id="a") as earlier:
+            await earlier.initialize(START)
+            base = await earlier.exchange(gradient(1), await earlier.fetch())
+            async with paceline.connect(server.address, worker_id="a") as later:
+                await asyncio.to_thread(server.restart)
+                with pytest.raises(SupersededError):
+                    await asyncio.wait_for(earlier.exchange(gradient(2), base), PATIENCE_S)
+                base = await later.exchange(gradient(3), base)
+                assert set(base.bins.values()) == {2}
 
 
 class Line(nn.Module):

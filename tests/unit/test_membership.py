@@ -116,8 +116,9 @@ def test_a_newer_incarnation_supersedes_the_older() -> None:
         with pytest.raises(SupersededError, match="newer incarnation"):
             attempt(1.0, "a", 1)
     membership.leave(0.0, "a", 5)
-    with pytest.raises(SupersededError):
+    with pytest.raises(SupersededError) as refused:
         membership.join(2.0, "a", 4)
+    assert refused.value.newest_incarnation == 5
 
 
 def test_only_the_member_itself_can_leave() -> None:
