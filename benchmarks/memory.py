@@ -27,6 +27,7 @@ import grpc.aio
 import torch
 
 from paceline.channels import Access
+from paceline_server.config import DEFAULT_BUFFER_MIB
 from paceline_server.processes import ShardProcesses
 from paceline_server.settings import config_from_mapping
 from paceline_wire import PROTOCOL_VERSION, codecs
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("--rate-mbit", type=float, default=20.0)
     parser.add_argument("--stalled-rate-mbit", type=float, default=0.2)
     parser.add_argument("--delay-ms", type=float, default=20.0)
-    parser.add_argument("--buffer-mib", type=int, default=256)
+    parser.add_argument("--buffer-mib", type=int, default=DEFAULT_BUFFER_MIB)
     parser.add_argument("--uplink", default="int4")
     parser.add_argument("--downlink", default="bf16")
     parser.add_argument("--seconds", type=float, default=120.0)

@@ -178,6 +178,7 @@ class Soak:
         return {
             "rounds": round(watched[0].points[-1][0]),
             "seconds": round(time.monotonic() - began_s),
+            "connections_made": sum(relay.num_accepted for relay in relays.values()),
             "connections_cut": self.cuts,
             "workers_killed": self.kills,
             "bound_mib_per_1000_rounds": BOUND_MIB,
@@ -267,7 +268,8 @@ def main() -> None:
 
 def _print(result: dict[str, Any]) -> None:
     print(
-        f"{result['rounds']} rounds in {result['seconds']} s, {result['connections_cut']} connections cut, "
+        f"{result['rounds']} rounds in {result['seconds']} s, {result['connections_made']} connections made, "
+        f"{result['connections_cut']} cut, "
         f"{result['workers_killed']} workers killed; at most {result['bound_mib_per_1000_rounds']} MiB per 1000 rounds:"
     )
     for name, process in result["processes"].items():
