@@ -17,7 +17,7 @@ from paceline_chaos.verdict import Verdict
 from paceline_chaos.workers import WitnessSettings
 from paceline_wire.errors import PacelineError
 
-PAUSE_S = 0.15
+PAUSE_S = 0.4
 """Seconds between a witness's rounds: enough pushes to lose some, few enough for two cores and a small disk."""
 
 DISK_MIB = 384
