@@ -29,7 +29,7 @@ proto: $(VENV)/.dev
 
 # Kills the server two hundred times while workers and links have troubles of their own; docs/reliability.md from it.
 chaos: $(VENV)/.dev
-	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 8 \
+	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 12 \
 		--output benchmarks/results/chaos.json --report docs/reliability.md $(CHAOS_FLAGS)
 
 bench-exchange: $(VENV)/.dev

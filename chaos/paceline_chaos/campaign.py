@@ -22,8 +22,8 @@ from paceline_chaos.verdict import Verifier
 from paceline_chaos.workers import Witness, WitnessSettings, clock_was_read
 from paceline_wire.errors import PacelineError
 
-PATIENCE_S = 120.0
-"""Seconds within which whatever is waited for must happen: more than the 50 s in which a dead connection is found."""
+PATIENCE_S = 240.0
+"""Seconds within which whatever is waited for must happen: some times the 50 s in which a dead connection is found."""
 
 FIRE_S = 30.0
 """Seconds in which a fault must find something to hit, before it is tried again."""

@@ -70,6 +70,7 @@ def lines(outcome: Outcome) -> list[str]:
         f"pushing again after {count.longest_s:4.1f} s at most"
         + (f", {count.num_bytes:,} bytes touched" if count.num_bytes else "")
         for kind, count in sorted(outcome.counts.items(), key=lambda item: list(Kind).index(item[0]))
+        if kind not in outcome.skipped
     ]
     found += [f"{kind.value:<14} skipped: {reason}" for kind, reason in outcome.skipped.items()]
     return found + [line.removeprefix("- ") for line in _findings(outcome)]

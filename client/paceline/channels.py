@@ -30,8 +30,9 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # A server that is back should be found soon: calls back off by themselves (backoff_s), and both waits add up.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     # Pushes are resent by sequence number; gRPC must not replay streams by itself.
     ("grpc.enable_retries", 0),
     # Channels with equal options would otherwise share one TCP connection.
