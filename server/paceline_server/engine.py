@@ -12,21 +12,21 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from paceline_server.buffers import MIB, Buffers, Room
+from paceline_server.buffers import MIB, Buffers
 from paceline_server.config import DEFAULT_BUFFER_MIB
-from paceline_server.evidence import Evidence, EvidenceKeeper, NoEvidence
-from paceline_server.fragment import FragmentValues
+from paceline_server.evidence import EvidenceKeeper, NoEvidence
 from paceline_server.guard import checked_norm, median_of
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
-from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest, answer_with_newest
+from paceline_server.ledger import Answer, Decision, Ledger, Outcome, answer_with_newest
 from paceline_server.newest import NewestValues, Wanted
+from paceline_server.received import ReceivedPush, evidence_of, follow_and_encode
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
@@ -49,36 +49,6 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 Clock = Callable[[], float]
-
-FULL_DISK_S = 1.0
-"""Seconds between attempts to close bins that are due while the disk is full."""
-
-FORGET_EVERY_S = 60.0
-"""Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
-
-OVERSLEPT_S = 0.1
-"""Lateness from which on the process counts as having been stopped, or too busy to read what workers sent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReceivedPush:
-    """A push that has arrived whole.
-
-    Attributes:
-        fragment: The fragment's index.
-        request: Who pushes what.
-        codec: How it is written.
-        payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
-        room: What they take of the shard's buffer; the engine gives it back.
-        norm: Its L2 norm, once it was looked at; None before, and if it is not finite.
-    """
-
-    fragment: int
-    request: PushRequest
-    codec: Codec
-    payload: torch.Tensor
-    room: Room
-    norm: float | None = None
 
 
 class Engine:
@@ -291,36 +261,29 @@ class Engine:
             return
         self.membership_record = max(self.membership_record, number)
 
-    async def watch_time(self) -> None:
-        """Do what time alone makes due (leases, grace windows); runs until cancelled."""
-        wake_s, forget_s = self.clock(), self.clock() + FORGET_EVERY_S
-        while True:
-            if self.clock() > wake_s + OVERSLEPT_S:
-                # What workers sent meanwhile must be read before they are judged by it.
-                await asyncio.sleep(self.shard.membership.heartbeat_s)
-            given_up = self.shard.membership.expire(self.clock())
-            for sentence in given_up:
-                _log.info("%s", sentence)
-            if given_up:
-                await self.membership_changed()
-            self.streams.keep_only(self._refusal)
-            if self.clock() >= forget_s:
-                self.shard.forget_gone(self.clock(), {index for index, lock in self._locks.items() if lock.locked()})
-                forget_s = self.clock() + FORGET_EVERY_S
-            try:
-                for index in list(self._locks):
-                    await asyncio.shield(self._event(self._close_if_due(index)))
-            except StorageFullError as error:
-                _log.warning("a bin that is due cannot close: %s", error)
-                await asyncio.sleep(FULL_DISK_S)
-            # A heartbeat from now on may allow its worker less silence than it had, but never less than the shortest.
-            next_s, wake_s = self.shard.next_event_s(), self.clock() + self.shard.membership.shortest_silence_s
-            wake_s = wake_s if next_s is None else max(self.clock(), min(next_s, wake_s))
-            try:
-                await asyncio.wait_for(self._roster_changed.wait(), wake_s - self.clock())
-            except TimeoutError:
-                continue
+    async def wait_for_roster(self, longest_s: float) -> None:
+        """Wait until a worker joins, leaves, is given up or put in quarantine; at most so many seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._roster_changed.wait(), longest_s)
             self._roster_changed.clear()
+
+    async def close_due_bins(self) -> None:
+        """Close the bins that time or a change of the membership has made due.
+
+        Raises:
+            StorageFullError: There is no room to keep that one has closed; it is due still.
+        """
+        for index in list(self._locks):
+            await asyncio.shield(self._event(self._close_if_due(index)))
+
+    def forget_gone(self) -> None:
+        """Forget workers that have been gone for long."""
+        busy = {index for index, lock in self._locks.items() if lock.locked()}
+        self.shard.forget_gone(self.clock(), busy)
+
+    def end_streams_of_others(self) -> None:
+        """End the streams of all who are no longer members."""
+        self.streams.keep_only(self._refusal)
 
     async def finish(self) -> None:
         """Wait for the events that have begun, and end the journal and the threads."""
@@ -361,7 +324,7 @@ class Engine:
                 self._roster_changed.set()
             quarantined = self.shard.note_conduct(self.clock(), request, push.norm, decision)
         if decision.outcome is Outcome.REFUSED and request.problem is not None:
-            await self._evidence.keep(_evidence(push, request.problem, median_of(recent_norms)))
+            await self._evidence.keep(evidence_of(push, request.problem, median_of(recent_norms)))
         if quarantined is not None:
             _log.warning("%s", quarantined)
             await self.membership_changed()
@@ -428,7 +391,7 @@ class Engine:
         rooms = rooms_for(self.buffers.outgoing, present, num_elements)
         try:
             followed_s, encoded = await self._in_thread(
-                lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
+                lambda: follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
             )
             self.replay_s += followed_s
             self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
@@ -475,41 +438,3 @@ class Engine:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def _evidence(push: ReceivedPush, problem: str, median: float | None) -> Evidence:
-    return Evidence(
-        worker=push.request.worker,
-        incarnation=push.request.incarnation,
-        fragment=push.fragment,
-        seq=push.request.seq,
-        problem=problem,
-        codec=push.codec.name,
-        payload=push.payload,
-        norm=push.norm,
-        median=median,
-    )
-
-
-def _follow_and_encode(
-    values: FragmentValues,
-    decision: Decision,
-    push: ReceivedPush | None,
-    downlinks: set[Codec],
-    *,
-    with_momentum: bool,
-) -> tuple[float, dict[Codec, Outgoing]]:
-    """Change the numbers as decided, then write them in every codec that is asked for.
-
-    Returns:
-        The processor seconds that the change took, and the values by codec.
-    """
-    began_s = time.thread_time()
-    if push is None:
-        values.follow(decision)
-    else:
-        values.follow(decision, push.codec, push.payload)
-    followed_s = time.thread_time() - began_s
-    return followed_s, {
-        codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks
-    }

@@ -23,6 +23,7 @@ from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import Recovered
 from paceline_server.storage.snapshotter import Snapshotter
 from paceline_server.storage.store import ShardStore
+from paceline_server.time_watch import watch_time
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
@@ -131,7 +132,7 @@ class ShardServer:
         self._shards.extend(shards)
         await self._store.begin()
         await self._server.start()
-        self._begin(self._engine.watch_time())
+        self._begin(watch_time(self._engine))
         if self._snapshotter is not None:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
