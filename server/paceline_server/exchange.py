@@ -7,6 +7,7 @@ that it holds, at once.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from paceline_server.received import ReceivedPush
 from paceline_server.updates import Encoded
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
-from paceline_wire.transfer import Assembly, Receiver, pieces
+from paceline_wire.transfer import Assembly, PieceSize, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -66,6 +67,7 @@ class ExchangeStream:
         self._read_no_more = asyncio.Event()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended = False
+        self._piece_size = PieceSize()
 
     async def run(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
         """Serve the stream until the worker closes its side.
@@ -200,8 +202,10 @@ class ExchangeStream:
         try:
             encoded.room.begin_transfer(self._end_stalled)
             update = self._update(fragment, answer, encoded.values.announced)
-            for piece in pieces(encoded.values.payload):
+            for piece in pieces(encoded.values.payload, self._piece_size):
+                began_s = time.monotonic()
                 await self._write(pb.ExchangeResponse(update=update, data=piece))
+                self._piece_size.observe(time.monotonic() - began_s)
                 encoded.room.moved()
                 update = None
             self._engine.shard.counters.bytes_sent += encoded.values.payload.numel()

@@ -71,9 +71,9 @@ class RawWorker:
     ) -> None:
         self._channel.close()
 
-    def join(self, *, version: int = PROTOCOL_VERSION) -> pb.JoinResponse:
-        """Become a member."""
-        request = pb.JoinRequest(protocol_version=version, worker=self.worker)
+    def join(self, *, version: int = PROTOCOL_VERSION, previous: int | None = None) -> pb.JoinResponse:
+        """Become a member; go on from a previous incarnation, if one is given."""
+        request = pb.JoinRequest(protocol_version=version, worker=self.worker, previous_incarnation=previous)
         return self.stub.Join(request, timeout=PATIENCE_S, metadata=self.metadata)
 
     def leave(self) -> None:
