@@ -123,8 +123,10 @@ def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return [{key: field if key == "worker_id" else _number(field) for key, field in item.items()} for item in value]
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: field if key == "worker_id" else _number(field) for key, field in value.items()}
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import random
 import shutil
@@ -220,6 +221,11 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         assert (second.returncode, exported.returncode) == (5, 5)
         assert f"is in use by process {server.process.pid}" in second.stderr
         assert f"is in use by process {server.process.pid}" in exported.stderr
+        told = subprocess.run(
+            [sys.executable, "-m", "paceline", "status", server.address, "--json"], stdout=subprocess.PIPE, check=True
+        )
+        storage = json.loads(told.stdout)["shards"][0]["storage"]
+        assert (storage["sync"], storage["newest_record"], storage["snapshots"]) == ("commit", 1, 0)
 
 
 async def test_two_shards_are_killed_and_divided_anew(tmp_path: Path) -> None:
