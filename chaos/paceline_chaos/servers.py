@@ -236,8 +236,14 @@ def _children(pid: int) -> list[int]:
 
 
 def _runs(pid: int) -> bool:
+    """Whether anything of a process that is not this one's child still runs, and may hold files.
+
+    Its first thread may be a zombie already while others are still ending.
+    """
+    process = Path(f"/proc/{pid}")
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        is_zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not is_zombie or len(list((process / "task").iterdir())) > 1
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -65,7 +65,7 @@ class Verifier:
                     found = recover(directory)
                     recovered += replica.differences(found.shard, found.newest_record)
         except StorageError as error:
-            recovered.append(f"the data directory cannot be read: {error}")
+            return Verdict(lost=[f"the data directory cannot be read: {error}"])
         # The journal is still while the server is down, so what the witnesses say now includes all that it answered.
         self._testimony.refresh()
         verdict = self._compare()

@@ -207,6 +207,15 @@ def test_a_decision_that_the_ledger_does_not_demand_is_found(shard: WitnessedSha
     assert [sentence for sentence in shard.look().lost if "decides otherwise" in sentence]
 
 
+def test_a_directory_that_cannot_be_read_is_no_loss_of_pushes(shard: WitnessedShard) -> None:
+    """Where a server still holds the directory, that is all that is said; the next look finds all."""
+    shard.played.close()
+    with shard.directory.locked():
+        (sentence,) = shard.look().lost
+        assert "is in use by process" in sentence
+    assert shard.look().lost == []
+
+
 def test_a_line_that_is_not_finished_is_left_for_later(tmp_path: Path) -> None:
     """A witness that is killed in the middle of a line has not said it."""
     testimony = WitnessLogs(tmp_path)
