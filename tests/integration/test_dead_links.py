@@ -13,6 +13,7 @@ from integration.patience import wait_until_async
 from integration.proxy import Proxy
 from paceline import Client
 from paceline.connection import ShardConnection
+from paceline.silence import LOST_HEARTBEATS
 
 SIZE = 300_000
 CONFIG: dict[str, Any] = {
@@ -89,6 +90,6 @@ async def test_a_slow_link_is_not_cut(proxied: Proxy) -> None:
         await wait_until_async(lambda: round_trips_known(client))
         proxied.limit(100_000, "up")
         base = await asyncio.wait_for(client.exchange({"x": torch.ones(SIZE)}, base), 120)
-        assert connection_of(client)._silence.lost_heartbeats >= 2
+        assert connection_of(client)._silence.lost_heartbeats >= LOST_HEARTBEATS
         assert connection_of(client).reconnects == 0
         assert set(base.bins.values()) == {2}
