@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-stability bench-real clean
+.PHONY: demo test lint unit format proto chaos bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -27,6 +27,11 @@ format: $(VENV)/.dev
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py
 
+# Kills the server two hundred times while workers and links have troubles of their own; docs/reliability.md from it.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 12 \
+		--output benchmarks/results/chaos.json --report docs/reliability.md $(CHAOS_FLAGS)
+
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
 
@@ -37,6 +42,18 @@ bench-convergence: $(VENV)/.dev
 # The papers' settings through real processes and sockets, beside the simulator.
 bench-real: $(VENV)/.dev
 	$(BIN)/python benchmarks/real.py $(BENCH_FLAGS)
+
+# What durability costs, and how fast a killed server is back.
+bench-durability: $(VENV)/.dev
+	$(BIN)/python benchmarks/durability.py $(BENCH_FLAGS)
+
+# A shard's memory with many slow workers, beside what it may take.
+bench-memory: $(VENV)/.dev
+	$(BIN)/python benchmarks/memory.py $(BENCH_FLAGS)
+
+# Thousands of rounds and hundreds of reconnects: does either side grow?
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/soak.py $(BENCH_FLAGS)
 
 bench-stability: $(VENV)/.dev
 	$(BIN)/python benchmarks/stability.py $(BENCH_FLAGS)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+MIB = 1024 * 1024
+
 
 def resident_mib(pid: int) -> float:
     """MiB that a process has resident now."""

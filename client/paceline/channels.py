@@ -12,9 +12,11 @@ import grpc.aio
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
     ERRORS_BY_NAME,
+    NEWEST_INCARNATION_KEY,
     InvalidInputError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -158,8 +160,12 @@ def error_of_status(
     code: grpc.StatusCode, details: str | None, metadata: grpc.aio.Metadata | None, target: str
 ) -> PacelineError:
     """The error that a call's status stands for: of the class that the peer named, or the one that the code implies."""
-    named = dict(metadata or ()).get(ERROR_METADATA_KEY)
+    told = dict(metadata or ())
+    named = told.get(ERROR_METADATA_KEY)
     details = details or code.name
+    if named == SupersededError.__name__:
+        newest = str(told.get(NEWEST_INCARNATION_KEY, ""))
+        return SupersededError(details, int(newest) if newest.isdecimal() else None)
     if named in ERRORS_BY_NAME:
         return ERRORS_BY_NAME[str(named)](details)
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

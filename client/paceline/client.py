@@ -54,9 +54,10 @@ class Client:
         self._session = session
         self._is_worker = is_worker
         exchange = session.configuration.exchange
-        self._uplink_codec = codecs.codec_of_wire(exchange.uplink)
+        uplink_codec = self._uplink_codec = codecs.codec_of_wire(exchange.uplink)
         self._downlink = codecs.codec_of_wire(exchange.downlink)
-        self._uplinks: defaultdict[int, Uplink] = defaultdict(lambda: Uplink(self._uplink_codec))
+        # Not through self: in a cycle, the residuals, as large as the model, would stay until a full collection.
+        self._uplinks: defaultdict[int, Uplink] = defaultdict(lambda: Uplink(uplink_codec))
         # Exchanges may overlap; each fragment's pushes must be encoded and sent in one order.
         self._orders: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)

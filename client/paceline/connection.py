@@ -162,6 +162,8 @@ class ShardConnection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Their errors hold this connection, and with it the last tensors: a cycle that lives until a full collection.
+        self._tasks.clear()
         if self._failure is None:
             self._fail(UnavailableError(f"the connection to {self.target} was closed before the answer came"))
         with suppress(PacelineError):
@@ -357,18 +359,23 @@ class ShardConnection:
 
     async def _receive(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
         receiver, announced = Receiver(), None
-        async for message in call:
-            now_s = time.monotonic()
-            if message.HasField("received_bytes"):
-                self._silence.arrived(now_s, message.received_bytes)
-                continue
-            if message.HasField("update"):
-                announced = message.update
-                receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
-            assembly = receiver.add(message.data)
-            self._silence.received(now_s, more_follows=assembly is None)
-            if assembly is not None and announced is not None:
-                await self._answer(announced, assembly)
+        try:
+            async for message in call:
+                now_s = time.monotonic()
+                if message.HasField("received_bytes"):
+                    self._silence.arrived(now_s, message.received_bytes)
+                    continue
+                if message.HasField("update"):
+                    announced = message.update
+                    receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
+                assembly = receiver.add(message.data)
+                self._silence.received(now_s, more_follows=assembly is None)
+                if assembly is not None and announced is not None:
+                    await self._answer(announced, assembly)
+                del message, assembly
+        finally:
+            # The error that ends a stream holds this frame until a full collection; the payload must not stay as long.
+            del receiver, announced
 
     async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
         """Decode an update beside the loop and hand it to whoever waits; a second answer to one push is dropped."""

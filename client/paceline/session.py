@@ -1,6 +1,7 @@
 """A client's view of a run: what it is, where its shards are, and the calls that need all of them."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 
@@ -15,7 +16,7 @@ from paceline.initialization import Initialization
 from paceline.worker_state import Progress
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import NotInitializedError, UnavailableError
+from paceline_wire.errors import NotInitializedError, SupersededError, UnavailableError
 from paceline_wire.manifest import Fragment, Manifest
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import Receiver
@@ -26,9 +27,20 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 MAX_FETCHES = 4
 """Fragments fetched at once: enough to hide a long round trip, few enough to bound memory."""
 
+_log = logging.getLogger(__name__)
+
 
 class Session:
     """An open run. Belongs to one event loop; made by `open_session`.
+
+    Attributes:
+        configuration: What the run is configured to do.
+        fragment_elements: The largest fragment, for whoever initializes the run.
+        targets: "host:port" of every shard, in order.
+        manifest: What the run exchanges; None until it is initialized.
+        initialization_id: The upload that its parameters come from; 0 until it is known.
+        worker: As whom it has joined; without a name before.
+        connections: The member's connections, one to each shard.
 
     Args:
         access: TLS and token.
@@ -42,6 +54,7 @@ class Session:
         self.targets = targets
         self.manifest = Manifest.from_wire(description.manifest) if description.HasField("manifest") else None
         self.initialization_id = int(description.initialization_id)
+        self.worker = pb.Worker()
         self.connections: list[ShardConnection] = []
         self._access = access
         self._channels = [access.channel(target) for target in targets]
@@ -50,11 +63,33 @@ class Session:
     async def join(self, worker: pb.Worker) -> None:
         """Become a member on every shard.
 
+        This start is later than whatever a shard knows of this worker, even if the clock was set back meanwhile: where
+        a shard knows a higher incarnation, the next one is taken.
+
         Raises:
             PacelineError: A shard refuses, or cannot be reached.
         """
+        try:
+            await self._join_as(worker)
+        except SupersededError as error:
+            if error.newest_incarnation is None:
+                raise
+            later = pb.Worker(worker_id=worker.worker_id, incarnation=error.newest_incarnation + 1)
+            _log.info("joining as incarnation %d: the clock is behind this worker's last start", later.incarnation)
+            await self._join_as(later)
+
+    async def _join_as(self, worker: pb.Worker) -> None:
+        self.worker = worker
         self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
-        await asyncio.gather(*(persistently(connection.join, REACH_S) for connection in self.connections))
+        joins = (persistently(connection.join, REACH_S) for connection in self.connections)
+        ends = await asyncio.gather(*joins, return_exceptions=True)
+        failures = [end for end in ends if isinstance(end, BaseException)]
+        superseded = [error for error in failures if isinstance(error, SupersededError)]
+        if superseded:
+            await asyncio.gather(*(connection.close() for connection in self.connections))
+            raise max(superseded, key=lambda error: error.newest_incarnation or 0)
+        if failures:
+            raise failures[0]
 
     async def take_over(self, previous: int) -> list[Progress]:
         """Go on with the pushes of an earlier incarnation: how far the run got with them, fragment by fragment.
@@ -197,5 +232,8 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
 
 
 def new_worker(worker_id: str) -> pb.Worker:
-    """A worker's identity for this start: the incarnation is the wall clock's, so that a later start is higher."""
+    """A worker's identity for this start: the incarnation is the wall clock's, so that a later start is higher.
+
+    Where the clock was set back, `Session.join` mends it.
+    """
     return pb.Worker(worker_id=worker_id, incarnation=time.time_ns())

@@ -1,7 +1,8 @@
 """Bounds the bytes that a shard holds for payloads under way: whoever needs memory for one waits here for room.
 
-A shard has two budgets, each half of `exchange.buffer_mib`: one for pushes being received, one for updates and fetched
-fragments on their way out. Room is given in the order in which it was asked for.
+Of `exchange.buffer_mib` the process's own work and gRPC have a part, which grows with the open streams. The rest is two
+budgets, half for pushes being received, half for updates and fetched fragments on their way out. Room is given in the
+order in which it was asked for.
 
 Why nobody waits forever:
 
@@ -17,19 +18,33 @@ Why nobody waits forever:
 """
 
 import asyncio
+import logging
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 from paceline_server.config import ServerConfig
 from paceline_wire import codecs
+
+_log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 
 STALLED_S = 300.0
 """Seconds without a message after which a transfer gives up the room that others wait for. A message is 1 MiB, so links
 down to 28 kbit/s keep theirs, and a stuck worker that still answers pings does not hold up a run for good."""
+
+WORK_BYTES = 32 * MIB
+"""What the first pushes make a process take beside them, measured: scratch of threads, stacks, pages of libraries."""
+
+STREAM_BYTES = 6 * MIB
+"""What gRPC holds of a stream whose peer is slow, measured: the message being written, in up to four copies of 1 MiB,
+the one being read, and what the peer has sent ahead within HTTP/2's window."""
+
+LEAST_SHARE = 0.25
+"""Of the buffer: what remains for payloads however many streams are open, or they would pass one at a time."""
 
 
 @dataclass(eq=False)
@@ -146,6 +161,11 @@ class BufferBudget:
                 self._grant()
             raise
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Change how many bytes may be reserved; what is held beyond that stays until it is given back."""
+        self.capacity_bytes = capacity_bytes
+        self._grant()
+
     def give_back(self, num_bytes: int) -> None:
         """Free bytes; called by the last claim on them."""
         self.held_bytes -= num_bytes
@@ -169,22 +189,49 @@ class BufferBudget:
             room.end_if_stalled(since_s)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """A shard's two budgets.
+    """A shard's buffer: what gRPC takes of it with the streams that are open, and two budgets for the rest.
+
+    Args:
+        num_bytes: Its size.
 
     Attributes:
         incoming: For payloads of pushes and first parameters, from their announcement until they are applied.
         outgoing: For encoded updates and fetched fragments, until the link has taken them.
     """
 
-    incoming: BufferBudget
-    outgoing: BufferBudget
+    def __init__(self, num_bytes: int) -> None:
+        self.incoming = BufferBudget(0)
+        self.outgoing = BufferBudget(0)
+        self._num_bytes = num_bytes
+        self._num_streams = 0
+        self._most_streams = 0
+        self._divide(0)
 
-    @classmethod
-    def of(cls, num_bytes: int) -> Self:
-        """Half of num_bytes for each direction."""
-        return cls(incoming=BufferBudget(num_bytes // 2), outgoing=BufferBudget(num_bytes // 2))
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Leave gRPC its part while a stream is open."""
+        self._divide(self._num_streams + 1)
+        try:
+            yield
+        finally:
+            self._divide(self._num_streams - 1)
+
+    def _divide(self, num_streams: int) -> None:
+        self._num_streams = num_streams
+        wanted_bytes, least_bytes = WORK_BYTES + num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE)
+        left_bytes = max(self._num_bytes - wanted_bytes, least_bytes)
+        self.incoming.resize(left_bytes // 2)
+        self.outgoing.resize(left_bytes // 2)
+        if self._num_bytes - wanted_bytes < least_bytes and num_streams > self._most_streams:
+            # Told again only when it has doubled, so that many workers make a few lines.
+            self._most_streams = 2 * num_streams
+            _log.warning(
+                "%d open streams may take more than exchange.buffer_mib = %d in all; set it to at least %d",
+                num_streams,
+                self._num_bytes // MIB,
+                math.ceil(wanted_bytes / (1 - LEAST_SHARE) / MIB),
+            )
 
 
 def largest_payload_bytes(config: ServerConfig) -> int:

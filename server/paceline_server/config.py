@@ -12,6 +12,7 @@ from fsspec import available_protocols
 from pydantic import Field, ValidationInfo, field_validator
 
 from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
+from paceline_server.config_guard import GuardConfig
 from paceline_server.config_outer import OuterConfig
 from paceline_server.config_security import SecurityConfig
 
@@ -21,8 +22,8 @@ BLOCK_ELEMENTS = 256
 MAX_FRAGMENT_ELEMENTS = 1 << 24
 """64 MiB as float32: a fragment is held whole several times over while it is received, applied and sent."""
 
-DEFAULT_BUFFER_MIB = 256
-"""Sixteen updates of the default fragment in bf16 on their way at once, and some sixty pushes in int4."""
+DEFAULT_BUFFER_MIB = 512
+"""Holds for 58 workers; with 32 of them, 18 updates of the default fragment in bf16 and 70 pushes in int4 at once."""
 
 MAX_BUFFER_MIB = 1 << 20
 """A TiB."""
@@ -62,7 +63,8 @@ class ScheduleConfig(Section):
         gt=0,
         le=MAX_LEASE_S,
         allow_inf_nan=False,
-        description="Longest silence, in seconds, before a worker stops counting as active.",
+        description="Longest silence, in seconds, before a worker stops counting as active. An upper bound: as soon as "
+        "a worker's heartbeats show how regular they are, it is given up earlier, and no other time is to be set.",
     )
 
     @field_validator("quorum")
@@ -120,9 +122,9 @@ class ExchangeConfig(Section):
         default=DEFAULT_BUFFER_MIB,
         ge=1,
         le=MAX_BUFFER_MIB,
-        description="MiB that a shard may hold for payloads under way, half for pushes being received and half for "
-        "updates, however many workers and however slow their links; they wait for each other's room. At least twice "
-        "the largest payload.",
+        description="MiB that a shard may take beside its state, however slow the links: 32 for its work, 6 for each "
+        "connected worker, and the rest, but at least a quarter, for pushes and updates under way, which wait for each "
+        "other's room. At least twice the largest payload.",
     )
 
     @field_validator("downlink", mode="before")
@@ -218,6 +220,7 @@ class ServerConfig(Section):
     outer: OuterConfig = Field(default_factory=OuterConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
 

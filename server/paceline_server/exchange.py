@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from paceline_server.buffers import STALLED_S, Room
-from paceline_server.engine import Engine, ReceivedPush
+from paceline_server.engine import Engine
 from paceline_server.ledger import Answer, PushRequest
+from paceline_server.received import ReceivedPush
 from paceline_server.updates import Encoded
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError

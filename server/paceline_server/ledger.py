@@ -28,7 +28,7 @@ Rules:
 10. A worker that goes on from the saved state of an earlier incarnation takes over its pushes (takeover.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -250,6 +250,20 @@ def decide_close(schedule: Schedule, ledger: Ledger, now: float, roster: Roster)
         return None
     decision = Decision(outcome=Outcome.CLOSED, bins_opened_before=ledger.issuing_bin - ledger.open_bin, reason=reason)
     return _close(schedule, replace(ledger, open_bin=ledger.issuing_bin), now, roster, decision)
+
+
+def without_gone(ledger: Ledger, known: Set[str]) -> Ledger:
+    """Forget what was answered to workers that are not among the known ones, except while they have answers waiting."""
+    kept = known | ledger.waiting.keys()
+    if ledger.answered.keys() | ledger.refused.keys() | ledger.tokens.keys() | ledger.lineages.keys() <= kept:
+        return ledger
+    return replace(
+        ledger,
+        answered={worker: answer for worker, answer in ledger.answered.items() if worker in kept},
+        refused={worker: answers for worker, answers in ledger.refused.items() if worker in kept},
+        tokens={worker: count for worker, count in ledger.tokens.items() if worker in kept},
+        lineages={worker: lineage for worker, lineage in ledger.lineages.items() if worker in kept},
+    )
 
 
 def newest_incarnation_of(ledger: Ledger, worker: str) -> int:

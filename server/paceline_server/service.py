@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
@@ -15,9 +16,11 @@ from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
+    NEWEST_INCARNATION_KEY,
     InvalidInputError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
@@ -35,9 +38,10 @@ async def abort(context: Context, error: PacelineError) -> NoReturn:
     # A traceback holds the frames that the error passed, they hold payloads, and some hold the error: only a garbage
     # collection of everything would free them.
     error.__traceback__ = None
-    await context.abort(
-        grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=((ERROR_METADATA_KEY, type(error).__name__),)
-    )
+    metadata = [(ERROR_METADATA_KEY, type(error).__name__)]
+    if isinstance(error, SupersededError) and error.newest_incarnation is not None:
+        metadata.append((NEWEST_INCARNATION_KEY, str(error.newest_incarnation)))
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=tuple(metadata))
     raise AssertionError("context.abort returned")  # it always raises; this tells the type checker
 
 
@@ -52,8 +56,15 @@ def with_status(
             return await method(self, request, context)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     return translated
+
+
+def unreadable(error: DecodeError) -> InvalidInputError:
+    """What the sender of a stream is told whose message is no message; gRPC would call it an accident of the server."""
+    return InvalidInputError(f"a message is truncated, or no message of the protocol: {error}")
 
 
 class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
@@ -152,14 +163,16 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Make the caller an active worker."""
         _require_version(request.protocol_version)
         membership = self._engine.shard.membership
-        known = membership.active
+        known = {member.worker: member.incarnation for member in membership.members}
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
-        if member.worker not in known:
+        # A new incarnation is kept too: after a restart, the one that it superseded must be refused as before.
+        if known.get(member.worker) != member.incarnation:
             _log.info("%s", reason)
             await self._engine.membership_changed()
         return pb.JoinResponse(
             worker_index=member.index,
             lease_ms=round(membership.lease_s * 1000),
+            heartbeat_ms=max(1, round(membership.heartbeat_s * 1000)),
             inner_steps=membership.inner_steps(member.worker),
             active_workers=len(membership.active),
             progress=await self._progress(request),
@@ -181,7 +194,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Renew a lease."""
         membership = self._engine.shard.membership
         worker = request.worker.worker_id
-        membership.require(self._engine.clock(), worker, request.worker.incarnation)
+        membership.heartbeat(self._engine.clock(), worker, request.worker.incarnation)
         if request.HasField("inner_step_us"):
             membership.report_speed(worker, request.inner_step_us / 1e6)
         return pb.HeartbeatResponse(inner_steps=membership.inner_steps(worker), active_workers=len(membership.active))
@@ -189,7 +202,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     @with_status
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a membership."""
-        reason = self._engine.shard.membership.leave(request.worker.worker_id, request.worker.incarnation)
+        now_s, worker = self._engine.clock(), request.worker
+        reason = self._engine.shard.membership.leave(now_s, worker.worker_id, worker.incarnation)
         _log.info("%s", reason)
         await self._engine.membership_changed()
         return pb.LeaveResponse()
@@ -202,7 +216,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             codec = self._downlink(request.codec)
             self._engine.shard.refuse_uninitialized()
             fragments = request.fragments or sorted(self._engine.shard.fragments)
-            await send_fragments(self._engine, fragments, codec, context.write)
+            with self._engine.buffers.stream():
+                await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
         except grpc.aio.InternalError:
@@ -216,11 +231,14 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             stream = await self._open(request, context)
             self._engine.streams.add(stream)
             try:
-                await stream.run(request)
+                with self._engine.buffers.stream():
+                    await stream.run(request)
             finally:
                 self._engine.streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 

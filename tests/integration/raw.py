@@ -169,6 +169,15 @@ class RawStream:
         assert zlib.crc32(data) == first.update.payload.crc32
         return first.update, torch.frombuffer(bytearray(data), dtype=torch.float32)
 
+    def last(self) -> Ended:
+        """Wait for the server to end the stream with an error, whatever it still sends before."""
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError as error:
+            return ended(error)
+        raise AssertionError("the server ended the stream in order")
+
     def end(self) -> Ended:
         """Wait for the server to end the stream with an error."""
         try:

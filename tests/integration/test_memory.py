@@ -39,9 +39,8 @@ and scratch of up to 4 MiB a thread. About 25 was measured."""
 
 STREAM_MIB = 16
 """What gRPC may hold of a stream that stands still: the message being written, in up to 4 copies (piece, message,
-bytes, slice), the one being read, and what the worker has sent ahead within HTTP/2's window of 4 MiB or more, twice
-what fits into a fast link. About 11 was measured. It depends neither on the fragments' size nor on how many are under
-way."""
+bytes, slice), the one being read, and what the worker has sent ahead within HTTP/2's window: 4 MiB, or twice what fits
+into a fast link. About 11 was measured. It depends neither on the size nor on the number of the fragments."""
 
 ZEROS = fp32_bytes(torch.zeros(FRAGMENT))
 ZEROS_PAYLOAD = payload_of(ZEROS)

@@ -1,12 +1,22 @@
 """Room for payloads: bounded, first come first served, given back exactly once, and taken from peers that stall."""
 
 import asyncio
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline_server.buffers import BufferBudget, Buffers, Room, largest_payload_bytes, shortage
+from paceline_server.buffers import (
+    MIB,
+    STREAM_BYTES,
+    WORK_BYTES,
+    BufferBudget,
+    Buffers,
+    Room,
+    largest_payload_bytes,
+    shortage,
+)
 from paceline_server.config import ServerConfig
 
 
@@ -180,10 +190,49 @@ def test_whatever_happens_the_budget_holds_and_nothing_is_lost(steps: list[tuple
     asyncio.run(play())
 
 
-def test_the_directions_have_a_half_each() -> None:
-    """What uploads hold never keeps an update from its room."""
-    buffers = Buffers.of(100)
-    assert (buffers.incoming.capacity_bytes, buffers.outgoing.capacity_bytes) == (50, 50)
+def test_open_streams_take_their_part_and_leave_some() -> None:
+    """Each direction has half of what gRPC leaves; a quarter of the buffer remains however many streams are open."""
+    buffers = Buffers(100 * MIB + WORK_BYTES)
+
+    def capacities() -> tuple[int, int]:
+        return buffers.incoming.capacity_bytes, buffers.outgoing.capacity_bytes
+
+    assert capacities() == (50 * MIB, 50 * MIB)
+    with ExitStack() as streams:
+        streams.enter_context(buffers.stream())
+        assert capacities() == (50 * MIB - STREAM_BYTES // 2,) * 2
+        for _ in range(100):
+            streams.enter_context(buffers.stream())
+        assert capacities() == ((100 * MIB + WORK_BYTES) // 8,) * 2
+    assert capacities() == (50 * MIB, 50 * MIB)
+
+
+def test_more_streams_than_the_buffer_is_good_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The sentence names the size that would do, once; with that size there is nothing to tell."""
+    with ExitStack() as streams:
+        buffers = Buffers(100 * MIB)
+        for _ in range(11):
+            streams.enter_context(buffers.stream())
+        assert [record.getMessage() for record in caplog.records] == [
+            "8 open streams may take more than exchange.buffer_mib = 100 in all; set it to at least 107"
+        ]
+        buffers = Buffers(107 * MIB)
+        for _ in range(8):
+            streams.enter_context(buffers.stream())
+        assert len(caplog.records) == 1
+
+
+async def test_room_that_becomes_free_by_resizing_is_granted() -> None:
+    """A budget that shrinks grants nothing until it is below its capacity again; one that grows grants at once."""
+    budget = BufferBudget(10)
+    first = await budget.reserve(8)
+    budget.resize(5)
+    asking = asyncio.create_task(budget.reserve(4))
+    await settled()
+    assert not asking.done()
+    budget.resize(12)
+    assert (await asking) is not None
+    first.release()
 
 
 @pytest.mark.parametrize(

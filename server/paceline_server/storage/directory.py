@@ -48,6 +48,8 @@ class ShardDirectory:
         try:
             for folder in (self.journal, self.snapshots):
                 folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.path.parent):
+                sync_directory(folder)
         except OSError as error:
             raise StorageError(f"the data directory {self.path} cannot be made: {error.strerror}") from error
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from paceline_server.journal import Record
+from paceline_server.journal import Decided, FragmentInitialized, Record
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.segment import SegmentWriter, Sync
 from paceline_wire.errors import StorageError, StorageFullError
@@ -17,8 +17,8 @@ _Result = TypeVar("_Result")
 MOST_RECORDS = 64
 """Records in one commit at most: a bound for what a full disk refuses at once."""
 
-ROOM_BYTES = 64 * 1024 * 1024
-"""What must be free before pushes are received again after the disk was full: the largest push there can be."""
+ROOM_BYTES = 1024 * 1024
+"""What must be free, besides twice what was refused, before pushes are received again after the disk was full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ class DurableJournal:
         self._has_waiting = asyncio.Event()
         self._using_segment = asyncio.Lock()
         self._full: StorageFullError | None = None
+        self._room_bytes = 0
         self._failed: StorageError | None = None
         self._segment = self._new_segment(next_number)
         self._tasks = [asyncio.create_task(self._write_again_and_again())]
@@ -78,7 +79,7 @@ class DurableJournal:
         if self._full is None:
             return
         disk = os.statvfs(self._directory.path)
-        if disk.f_bavail * disk.f_frsize < ROOM_BYTES:
+        if disk.f_bavail * disk.f_frsize < self._room_bytes:
             raise self._full
         self._full = None
 
@@ -110,8 +111,11 @@ class DurableJournal:
         for task in self._tasks:
             task.cancel()
         async with self._using_segment:
-            if self._failed is None:
+            try:
                 await self._in_thread(self._segment.close)
+            except StorageError:
+                if self._failed is None:
+                    raise
         self._thread.shutdown()
 
     def _new_segment(self, first: int) -> SegmentWriter:
@@ -132,6 +136,7 @@ class DurableJournal:
             first, num_bytes = await self._in_thread(lambda: self._segment.append(records))
         except StorageError as error:
             self._note(error)
+            self._room_bytes = ROOM_BYTES + 2 * sum(_num_bytes(record) for record in records)
             for waiting in batch:
                 _fail(waiting.number, error)
             return
@@ -159,6 +164,11 @@ class DurableJournal:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _num_bytes(record: Record) -> int:
+    payload = record.payload if isinstance(record, Decided | FragmentInitialized) else None
+    return 0 if payload is None else payload.numel()
 
 
 def _fail(number: "asyncio.Future[int]", error: StorageError) -> None:

@@ -70,6 +70,9 @@ class Snapshotter:
             self._mirror = Mirror(config.storage.mirror, engine.shard.index, config.storage.keep_snapshots)
         self._newest = max(self._directory.snapshot_numbers(), default=None)
         self.counters = SnapshotCounters(finished_s=None if self._newest is None else self._finished_s(self._newest))
+        # What an earlier process left to be replayed counts too: a server that is killed often must write some, too.
+        engine.replay_s = durable.recovered.took_s if durable.recovered.replayed else 0.0
+        self._older_bytes = _journal_bytes(self._directory, self._newest or 1)
         self._pause_until_s = 0.0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="paceline-snapshot")
 
@@ -89,7 +92,12 @@ class Snapshotter:
             return True
         state_bytes = sum(hosted.values.num_bytes for hosted in shard.fragments.values() if hosted.values is not None)
         bound = max(JOURNAL_PER_STATE * state_bytes, SMALLEST_JOURNAL_BYTES)
-        return self._journal.bytes_since_rotation >= bound
+        return self.journal_bytes >= bound
+
+    @property
+    def journal_bytes(self) -> int:
+        """Bytes in the journal that the newest snapshot does not cover."""
+        return self._older_bytes + self._journal.bytes_since_rotation
 
     async def attempt(self) -> None:
         """Write a snapshot; one that fails leaves the ones before and the journal as they are."""
@@ -115,7 +123,7 @@ class Snapshotter:
         number = await self._journal.rotate()
         if number == self._newest:
             return
-        self._engine.replay_s = 0.0
+        self._engine.replay_s, self._older_bytes = 0.0, 0
         writer = await self._in_thread(lambda: SnapshotWriter(self._directory, number))
         try:
             await self._fill(writer)
@@ -136,7 +144,7 @@ class Snapshotter:
         manifest = shard.manifest
         if manifest is None:
             raise StorageError("the run was begun anew while its snapshot was written")
-        record, membership = engine.membership_record, shard.membership.state()
+        record, membership = engine.membership_record, shard.membership.state(engine.clock())
         # What the snapshot includes must be in the journal, or its records' numbers could be given out twice.
         await self._journal.flush()
         await self._in_thread(
@@ -168,6 +176,12 @@ class Snapshotter:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _journal_bytes(directory: ShardDirectory, first: int) -> int:
+    """Size of the files of the journal from a record on."""
+    paths = [directory.segment_path(number) for number in directory.segment_numbers() if number >= first]
+    return sum(path.stat().st_size for path in paths)
 
 
 def _prune(directory: ShardDirectory, keep: int) -> None:
