@@ -34,7 +34,7 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
-from paceline_wire.transfer import Assembly, Outgoing, PieceSize, Receiver, pieces
+from paceline_wire.transfer import Assembly, Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -236,7 +236,6 @@ class ShardConnection:
 
     async def _replace_channel(self) -> None:
         """Go on over a new TCP connection; the stream, if there is one, is dropped and resumed there."""
-        self._silence.begin_anew()
         self._channels.append(self._access.channel(self.target, EXCHANGE_PING_S))
         self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
         reason = "heartbeats were not answered, and nothing came or went: the connection is replaced"
@@ -313,6 +312,7 @@ class ShardConnection:
         """
         call = self._stub.Exchange(metadata=self._access.metadata)
         self._to_send = deque(self._unanswered.values())
+        self._silence.begin_stream()
         parts = {asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))}
         dropped = self._stream_dropped = asyncio.get_running_loop().create_future()
         try:
@@ -337,9 +337,8 @@ class ShardConnection:
     async def _send(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
         if self._downlink is None:
             raise UnavailableError("the exchange has not begun")
-        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink))
+        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink), report_received=True)
         await call.write(pb.ExchangeRequest(open=opening))
-        size = PieceSize()
         while True:
             while self._to_send:
                 push = self._to_send.popleft().push
@@ -351,13 +350,9 @@ class ShardConnection:
                     inner_step_us=self._inner_step_us(),
                     tokens=push.tokens,
                 )
-                for piece in pieces(push.outer_gradient.payload, size):
-                    began_s = time.monotonic()
-                    self._silence.begin_message(began_s, len(piece))
+                for piece in pieces(push.outer_gradient.payload, self._silence.piece_size):
+                    self._silence.wrote(time.monotonic(), len(piece))
                     await call.write(pb.ExchangeRequest(push=announced, data=piece))
-                    now_s = time.monotonic()
-                    self._silence.moved(now_s)
-                    size.observe(now_s - began_s)
                     announced = None
             self._has_work.clear()
             await self._has_work.wait()
@@ -366,11 +361,15 @@ class ShardConnection:
         receiver, announced = Receiver(), None
         try:
             async for message in call:
-                self._silence.moved(time.monotonic())
+                now_s = time.monotonic()
+                if message.HasField("received_bytes"):
+                    self._silence.arrived(now_s, message.received_bytes)
+                    continue
                 if message.HasField("update"):
                     announced = message.update
                     receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
                 assembly = receiver.add(message.data)
+                self._silence.received(now_s, more_follows=assembly is None)
                 if assembly is not None and announced is not None:
                     await self._answer(announced, assembly)
                 del message, assembly

@@ -126,8 +126,7 @@ class Exchanger:
         """Bring model and run together, and become a member."""
         manifest = manifest_of(tensors, averaged, session.fragment_elements)
         self._wait_for(session.initialize(manifest, tensors))
-        self._identity = new_worker(self._settings.worker_id)
-        self._wait_for(session.join(self._identity))
+        self._wait_for(session.join(new_worker(self._settings.worker_id)))
         first = session.connections[0]
         self.worker_index = first.worker_index
         settings = WorkerSettings(
@@ -172,11 +171,12 @@ class Exchanger:
         Raises:
             PacelineError: A round could not be encoded.
         """
+        session = self._connected()
         return SavedWorker(
-            worker_id=self._identity.worker_id,
-            incarnation=self._identity.incarnation,
-            manifest=self._connected().require_manifest().digest,
-            initialization_id=self._connected().initialization_id,
+            worker_id=session.worker.worker_id,
+            incarnation=session.worker.incarnation,
+            manifest=session.require_manifest().digest,
+            initialization_id=session.initialization_id,
             uplink=self._uplink.name,
             round=self.worker.round,
             steps_in_round=self.worker.steps_in_round,
@@ -196,7 +196,7 @@ class Exchanger:
         """
         session = self._connected()
         saved.require(
-            worker_id=self._identity.worker_id,
+            worker_id=session.worker.worker_id,
             manifest=session.require_manifest(),
             initialization_id=session.initialization_id,
         )

@@ -66,7 +66,7 @@ class Initialization:
 
         Raises:
             ManifestMismatchError: The run has another model; the text names the first tensor that differs.
-            UnavailableError: The shards have parameters of several uploads, and pushes to them.
+            UnavailableError: The shards do not have one upload's parameters, and workers have pushed to some.
         """
         if not begun and await self._upload(0) == self._own:
             await asyncio.gather(*(self._upload(shard) for shard in range(1, len(self._targets))))
@@ -77,11 +77,18 @@ class Initialization:
                 return int(first.initialization_id)
             _log.warning(
                 "another worker began to initialize the run and did not finish: %s has no parameters of its upload; "
-                "this worker's replace them",
+                "this worker uploads its own to all shards, unless something was pushed",
                 self._targets[incomplete],
             )
-            if await self._upload(0, first.initialization_id) == self._own:
+            taken = await self._upload(0, first.initialization_id)
+            if taken == self._own:
                 await asyncio.gather(*(self._replace(shard) for shard in range(1, len(self._targets))))
+            elif taken == first.initialization_id:
+                raise UnavailableError(
+                    "another worker began to initialize the run and did not finish: "
+                    f"{self._targets[incomplete]} has no parameters of its upload, and {self._targets[0]} has pushes "
+                    "to them: if a shard lost its data directory, bring that back; else start all servers anew"
+                )
 
     async def _incomplete(self, initialization_id: int) -> int | None:
         """The first shard that does not get an upload's parameters; None if all have them."""

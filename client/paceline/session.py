@@ -33,6 +33,15 @@ _log = logging.getLogger(__name__)
 class Session:
     """An open run. Belongs to one event loop; made by `open_session`.
 
+    Attributes:
+        configuration: What the run is configured to do.
+        fragment_elements: The largest fragment, for whoever initializes the run.
+        targets: "host:port" of every shard, in order.
+        manifest: What the run exchanges; None until it is initialized.
+        initialization_id: The upload that its parameters come from; 0 until it is known.
+        worker: As whom it has joined; without a name before.
+        connections: The member's connections, one to each shard.
+
     Args:
         access: TLS and token.
         description: What the run's shard of index 0 said.
@@ -45,6 +54,7 @@ class Session:
         self.targets = targets
         self.manifest = Manifest.from_wire(description.manifest) if description.HasField("manifest") else None
         self.initialization_id = int(description.initialization_id)
+        self.worker = pb.Worker()
         self.connections: list[ShardConnection] = []
         self._access = access
         self._channels = [access.channel(target) for target in targets]
@@ -69,6 +79,7 @@ class Session:
             await self._join_as(later)
 
     async def _join_as(self, worker: pb.Worker) -> None:
+        self.worker = worker
         self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
         joins = (persistently(connection.join, REACH_S) for connection in self.connections)
         ends = await asyncio.gather(*joins, return_exceptions=True)

@@ -51,15 +51,15 @@ def payload_message(codec: Codec, payload: torch.Tensor) -> pb.Payload:
 class PieceSize:
     """How large the messages of a stream are: as large as is fast, and small enough that a slow link shows progress.
 
-    Whoever waits for the peer judges by messages that come or go, so one must not take long. A size that took longer
-    than a second is halved, one that took less than a quarter is doubled.
+    Whoever waits for the peer judges by messages that arrive, so one must not take long. A size that took longer than a
+    second is halved, one that took less than a quarter is doubled.
     """
 
     def __init__(self) -> None:
         self.num_bytes = FIRST_PIECE_BYTES
 
     def observe(self, took_s: float) -> None:
-        """Note how many seconds it took until there was room for the next message."""
+        """Note how many seconds a message of this size took."""
         if took_s > _LONG_WRITE_S:
             self.num_bytes = max(self.num_bytes // 2, SMALLEST_PIECE_BYTES)
         elif took_s < _SHORT_WRITE_S:

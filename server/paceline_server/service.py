@@ -252,7 +252,13 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             self._engine.shard.refuse_uninitialized()
             self._engine.refuse_when_full()
             self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
-            return ExchangeStream(self._engine, worker, self._downlink(message.open.downlink), context.write)
+            return ExchangeStream(
+                self._engine,
+                worker,
+                self._downlink(message.open.downlink),
+                context.write,
+                report_received=message.open.report_received,
+            )
         raise InvalidInputError("an exchange stream begins with `open`")
 
     def _downlink(self, asked: pb.Codec.ValueType) -> Codec:

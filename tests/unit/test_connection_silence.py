@@ -32,7 +32,7 @@ def test_a_message_since_the_heartbeat_was_sent_is_a_sign_of_life() -> None:
     """While messages come or go, lost heartbeats wait behind them."""
     silence = Silence(LONGEST_S)
     for number in range(10):
-        silence.moved(5.0 * number + 1)
+        silence.received(5.0 * number + 1, more_follows=False)
         assert not silence.lost(5.0 * number + 3, 5.0 * number)
     assert lost_in_a_row(silence, 100.0)[-1]
 
@@ -40,16 +40,41 @@ def test_a_message_since_the_heartbeat_was_sent_is_a_sign_of_life() -> None:
 def test_a_message_under_way_gets_the_time_of_a_slow_link() -> None:
     """Nothing is dead while the message that is being written may need so long."""
     silence = Silence(LONGEST_S)
-    silence.begin_message(100.0, 10 * SLOWEST_BYTES_PER_S)
+    silence.wrote(100.0, 10 * SLOWEST_BYTES_PER_S)
+    silence.wrote(100.0, SLOWEST_BYTES_PER_S)
     assert not any(lost_in_a_row(silence, 100.0))
-    assert lost_in_a_row(silence, 110.0)[-1]
+    silence.arrived(109.0, 10 * SLOWEST_BYTES_PER_S)
+    assert not any(lost_in_a_row(silence, 107.0))
+    assert lost_in_a_row(silence, 111.0)[-1]
 
 
-def test_a_new_connection_begins_without_a_past() -> None:
-    """What was under way and lost belongs to the one that was replaced."""
+def test_an_update_under_way_gets_the_time_of_a_slow_link() -> None:
+    """Between two messages of one payload a connection is not dead before the next may have come."""
     silence = Silence(LONGEST_S)
-    silence.begin_message(0.0, 1000 * SLOWEST_BYTES_PER_S)
-    silence.begin_anew()
+    silence.received(100.0, more_follows=True)
+    assert not any(lost_in_a_row(silence, 110.0))
+    silence.received(130.0, more_follows=False)
+    assert lost_in_a_row(silence, 131.0)[-1]
+
+
+def test_messages_grow_by_what_has_arrived() -> None:
+    """What buffers take at once says nothing of the link."""
+    silence = Silence(LONGEST_S)
+    for _ in range(10):
+        silence.wrote(0.0, FIRST_PIECE_BYTES)
+    assert silence.piece_size.num_bytes == FIRST_PIECE_BYTES
+    silence.arrived(0.1, FIRST_PIECE_BYTES)
+    assert silence.piece_size.num_bytes == 2 * FIRST_PIECE_BYTES
+    silence.arrived(6.1, 4 * FIRST_PIECE_BYTES)
+    assert silence.piece_size.num_bytes == FIRST_PIECE_BYTES
+
+
+def test_a_new_stream_begins_without_a_past() -> None:
+    """What was under way and lost belongs to the one before."""
+    silence = Silence(LONGEST_S)
+    silence.wrote(0.0, 1000 * SLOWEST_BYTES_PER_S)
+    silence.received(0.0, more_follows=True)
+    silence.begin_stream()
     assert lost_in_a_row(silence, 100.0) == [False] * (LOST_HEARTBEATS - 1) + [True]
 
 

@@ -1000,8 +1000,11 @@ class ExchangeOpen(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     DOWNLINK_FIELD_NUMBER: _builtins.int
+    REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
     downlink: Global___Codec.ValueType
     """How updates are to be written. CODEC_UNSPECIFIED: as the configuration says."""
+    report_received: _builtins.bool
+    """True asks for messages with received_bytes, by which the caller sees that an upload moves."""
     @_builtins.property
     def worker(self) -> Global___Worker:
         """Who pushes. MUST have joined with this incarnation."""
@@ -1011,10 +1014,11 @@ class ExchangeOpen(_message.Message):
         *,
         worker: Global___Worker | None = ...,
         downlink: Global___Codec.ValueType = ...,
+        report_received: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "report_received", b"report_received", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1178,7 +1182,12 @@ class ExchangeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATE_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    received_bytes: _builtins.int
+    """Payload bytes that have arrived on this stream so far. A message that has it has nothing else, and may come between
+    those of an update. Only for callers that asked for it.
+    """
     data: _builtins.bytes
     """The next bytes of the announced payload."""
     @_builtins.property
@@ -1189,14 +1198,20 @@ class ExchangeResponse(_message.Message):
         self,
         *,
         update: Global___Update | None = ...,
+        received_bytes: _builtins.int | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_update", b"_update", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes", "_update", b"_update", "received_bytes", b"received_bytes", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_update", b"_update", "data", b"data", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes", "_update", b"_update", "data", b"data", "received_bytes", b"received_bytes", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__received_bytes: _TypeAlias = _typing.Literal["received_bytes"]  # noqa: Y015
+    _WhichOneofArgType__received_bytes: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes"]  # noqa: Y015
     _WhichOneofReturnType__update: _TypeAlias = _typing.Literal["update"]  # noqa: Y015
     _WhichOneofArgType__update: _TypeAlias = _typing.Literal["_update", b"_update"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__received_bytes) -> _WhichOneofReturnType__received_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__update) -> _WhichOneofReturnType__update | None: ...
 
 Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
