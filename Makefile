@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
+.PHONY: demo test lint unit format proto chaos bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -26,6 +26,11 @@ format: $(VENV)/.dev
 
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py
+
+# Kills the server two hundred times while workers and links have troubles of their own; docs/reliability.md from it.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 12 \
+		--output benchmarks/results/chaos.json --report docs/reliability.md $(CHAOS_FLAGS)
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard
+from paceline_server.departures import GoneWorker
+from paceline_server.guard import checked_norm
 from paceline_server.journal import (
     Configured,
     Decided,
@@ -19,6 +21,7 @@ from paceline_server.journal import (
 )
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest
 from paceline_server.membership import Member, MembershipState
+from paceline_server.quarantine import QuarantinedWorker
 from paceline_server.rules.base import Contribution
 from paceline_server.settings import config_from_mapping
 from paceline_server.shard import Shard
@@ -82,6 +85,9 @@ _members = st.builds(
     Member, worker=_names, incarnation=_counts, index=st.integers(0, 99), seen_s=_times, inner_step_s=st.none() | _times
 )
 
+_gone = st.builds(GoneWorker, worker=_names, incarnation=_counts, gone_s=_times, left=st.booleans())
+_quarantined = st.builds(QuarantinedWorker, worker=_names, reason=st.text(max_size=20), remaining_s=_times)
+
 records: st.SearchStrategy[Record] = st.one_of(
     st.builds(
         Decided,
@@ -92,6 +98,7 @@ records: st.SearchStrategy[Record] = st.one_of(
         ledger=_ledgers,
         codec=st.just("int4"),
         payload=_payloads,
+        norm=st.none() | st.floats(0, 1e38),
     ),
     st.builds(
         Decided, fragment=st.integers(0, 99), time_s=_times, push=st.none(), decision=_decisions, ledger=_ledgers
@@ -112,6 +119,8 @@ records: st.SearchStrategy[Record] = st.one_of(
             members=st.lists(_members, max_size=3).map(tuple),
             newest_incarnation=st.dictionaries(_names, _counts, max_size=3),
             most_active=st.integers(0, 99),
+            gone=st.lists(_gone, max_size=3).map(tuple),
+            quarantined=st.lists(_quarantined, max_size=3).map(tuple),
         ),
     ),
     st.builds(Configured, config=st.dictionaries(_names, st.dictionaries(_names, _counts | st.text(), max_size=2))),
@@ -166,7 +175,7 @@ class PlayedShard:
     def join(self, worker: str, incarnation: int = 1) -> None:
         """Make a worker active."""
         self.shard.membership.join(self.now_s, worker, incarnation)
-        self._append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state()))
+        self._append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state(self.now_s)))
 
     def push(self, worker: str, seq: int, fragment: int, *, codec: str = "int4", seed: int = 0) -> None:
         """Let a push arrive, be kept, and be applied."""
@@ -174,6 +183,7 @@ class PlayedShard:
         hosted, values = self.shard.hosted(fragment)
         written = codecs.codec(codec)
         payload = codecs.encode(written, normal(hosted.plan.num_elements, seed))
+        norm = checked_norm(written, payload, hosted.plan.num_elements)
         request = PushRequest(worker=worker, incarnation=1, seq=seq, base_bin=hosted.ledger.issuing_bin)
         decision, ledger = self.shard.decide_push(self.now_s, fragment, request)
         number = self._append(
@@ -185,10 +195,11 @@ class PlayedShard:
                 ledger=ledger,
                 codec=codec,
                 payload=payload,
+                norm=norm,
             )
         )
         values.follow(decision, written, payload)
-        self.shard.keep(fragment, decision, ledger, worker)
+        self.shard.keep(fragment, decision, ledger, worker, norm)
         hosted.record = number
 
     @property
@@ -226,6 +237,7 @@ def assert_same_state(expected: Shard, actual: Shard) -> None:
     for index, hosted in expected.fragments.items():
         other = actual.fragments[index]
         assert hosted.ledger == other.ledger
+        assert hosted.norms == other.norms
         assert (hosted.values is None) == (other.values is None)
         if hosted.values is None or other.values is None:
             continue

@@ -12,9 +12,11 @@ import grpc.aio
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
     ERRORS_BY_NAME,
+    NEWEST_INCARNATION_KEY,
     InvalidInputError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -23,13 +25,13 @@ from paceline_wire.transfer import MAX_MESSAGE_BYTES
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Pings keep NATs and load balancers from dropping a quiet connection, and find a dead peer in under a minute.
+    # Pings keep NATs and load balancers from dropping a quiet connection, and find a dead peer.
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # Below the client's own back-off, which has the jitter: gRPC's would keep a worker from a server that is back.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     # Pushes are resent by sequence number; gRPC must not replay streams by itself.
     ("grpc.enable_retries", 0),
     # Channels with equal options would otherwise share one TCP connection.
@@ -52,8 +54,15 @@ _TRANSIENT = {
 OK is among them for streams that should not have ended.
 """
 
+PING_S = 20
+"""Seconds that a peer gets to answer a ping."""
+
+EXCHANGE_PING_S = 60
+"""Seconds that it gets on a connection with heartbeats, which know better what is dead: the ping may wait behind a long
+upload, and must not end it."""
+
 FIRST_BACKOFF_S = 0.1
-LONGEST_BACKOFF_S = 5.0
+LONGEST_BACKOFF_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +118,20 @@ class Access:
         """The metadata of every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def channel(self, target: str) -> grpc.aio.Channel:
+    def channel(self, target: str, ping_s: int = PING_S) -> grpc.aio.Channel:
         """A channel to "host:port".
+
+        Args:
+            target: Where to.
+            ping_s: Seconds without any byte received after which a ping that is not answered ends the connection.
 
         Raises:
             InvalidInputError: A TLS file cannot be read.
         """
+        options: list[tuple[str, int | str]] = [*_OPTIONS, ("grpc.keepalive_timeout_ms", ping_s * 1000)]
         if self.tls is None:
-            return grpc.aio.insecure_channel(target, options=list(_OPTIONS))
+            return grpc.aio.insecure_channel(target, options=options)
         credentials = grpc.ssl_channel_credentials(_read(self.tls.ca), _read(self.tls.key), _read(self.tls.cert))
-        options = list[tuple[str, int | str]](_OPTIONS)
         if self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return grpc.aio.secure_channel(target, credentials, options=options)
@@ -147,8 +160,12 @@ def error_of_status(
     code: grpc.StatusCode, details: str | None, metadata: grpc.aio.Metadata | None, target: str
 ) -> PacelineError:
     """The error that a call's status stands for: of the class that the peer named, or the one that the code implies."""
-    named = dict(metadata or ()).get(ERROR_METADATA_KEY)
+    told = dict(metadata or ())
+    named = told.get(ERROR_METADATA_KEY)
     details = details or code.name
+    if named == SupersededError.__name__:
+        newest = str(told.get(NEWEST_INCARNATION_KEY, ""))
+        return SupersededError(details, int(newest) if newest.isdecimal() else None)
     if named in ERRORS_BY_NAME:
         return ERRORS_BY_NAME[str(named)](details)
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

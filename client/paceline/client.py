@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from paceline.calls import REACH_S
 from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
-from paceline.session import REACH_S, Session, new_worker, open_session
+from paceline.session import Session, new_worker, open_session
 from paceline.uplink import Uplink
 from paceline.worker import ReceivedUpdate
 from paceline_wire import codecs

@@ -51,6 +51,8 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
         click.echo(_shard_text(shard))
         for warning in shard.warnings:
             click.echo(f"  warning: {warning}")
+        for held in shard.quarantined:
+            click.echo(_quarantined_text(held))
     for member in shards[0].members:
         click.echo(_member_text(member))
 
@@ -121,8 +123,10 @@ def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return [{key: field if key == "worker_id" else _number(field) for key, field in item.items()} for item in value]
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: field if key == "worker_id" else _number(field) for key, field in value.items()}
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
@@ -134,7 +138,8 @@ def _shard_text(shard: "admin_pb2.StatusResponse") -> str:
         f"shard {shard.shard_index}: {shard.num_fragments} fragments, {shard.num_elements:,} elements, "
         f"bins {shard.min_bin}-{shard.max_bin}, up {shard.uptime_ms / 1000:.0f} s\n"
         f"  pushes: {shard.pushes_applied} applied ({late:.2f} bins late on average), "
-        f"{shard.pushes_duplicate} seen again, {shard.pushes_refused} refused\n"
+        f"{shard.pushes_duplicate} seen again, {shard.pushes_refused} refused, {shard.pushes_outlying} of them for "
+        f"their norm\n"
         f"  bytes: {shard.bytes_received:,} received, {shard.bytes_sent:,} sent\n"
         f"  state: {_storage_text(shard)}"
     )
@@ -157,5 +162,10 @@ def _member_text(member: "admin_pb2.MemberStatus") -> str:
     )
     return (
         f"worker {member.worker_index} {member.worker_id}: {speed}, {member.inner_steps} inner steps a round, "
-        f"{member.pushes_applied} pushes, silent for {member.silent_ms / 1000:.1f} s"
+        f"{member.pushes_applied} pushes, {member.pushes_refused} refused, silent for {member.silent_ms / 1000:.1f} s "
+        f"of {member.allowed_silence_ms / 1000:.1f} s"
     )
+
+
+def _quarantined_text(held: "admin_pb2.QuarantinedWorker") -> str:
+    return f"  in quarantine for {held.remaining_ms / 1000:.0f} s more: worker {held.worker_id}: {held.reason}"

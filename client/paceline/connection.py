@@ -2,12 +2,14 @@
 
 A push is handed over once and its update is awaited; in between, the connection joins, opens the exchange stream,
 sends, and when the stream breaks waits a little and begins again with everything that was not answered. The shard
-applies each push once, whatever is sent twice.
+applies each push once, whatever is sent twice. A connection that carries nothing any more is replaced by a new one: a
+gRPC channel would wait for its old TCP connection.
 """
 
 import asyncio
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
@@ -16,12 +18,21 @@ from typing import TypeVar
 
 import grpc
 
-from paceline.channels import Access, backoff_s, error_of, error_of_status
+from paceline.calls import CALL_S, called
+from paceline.channels import EXCHANGE_PING_S, Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
+from paceline.silence import Silence
 from paceline.worker import ReceivedUpdate
+from paceline.worker_state import Progress
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import NotAMemberError, NotInitializedError, PacelineError, UnavailableError
+from paceline_wire.errors import (
+    NotAMemberError,
+    NotInitializedError,
+    PacelineError,
+    StorageFullError,
+    UnavailableError,
+)
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Assembly, Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -29,9 +40,6 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
-
-CALL_S = 20.0
-"""Seconds after which a call with one small answer counts as lost and is made again."""
 
 HEARTBEATS_PER_LEASE = 3
 """A worker stays a member when two heartbeats in a row are lost."""
@@ -62,6 +70,10 @@ class _Unanswered:
     update: "asyncio.Future[ReceivedUpdate]"
 
 
+class _LostHeartbeatError(Exception):
+    """A heartbeat was not answered in time."""
+
+
 class ShardConnection:
     """A member's connection to one shard. Belongs to one event loop.
 
@@ -80,8 +92,10 @@ class ShardConnection:
         self.inner_step_s: float | None = None
         self._access = access
         self._worker = worker
-        self._channel = access.channel(target)
-        self._stub = pb_grpc.ParameterServerServiceStub(self._channel)
+        self._silence = Silence(CALL_S)
+        self._stream_dropped: asyncio.Future[None] | None = None
+        self._channels = [access.channel(target, EXCHANGE_PING_S)]
+        self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
         self._unanswered: dict[tuple[int, int], _Unanswered] = {}
         self._to_send: deque[_Unanswered] = deque()
         self._has_work = asyncio.Event()
@@ -93,7 +107,8 @@ class ShardConnection:
         self._momentum_follows = False
         self._failure: PacelineError | None = None
         self._answered_on_stream = False
-        self._lease_s = 30.0
+        self._heartbeat_s = 10.0
+        self._storage_problem: str | None = None
         self._closed = False
 
     async def join(self) -> None:
@@ -155,50 +170,99 @@ class ShardConnection:
             await self._call(
                 self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata)
             )
-        await self._channel.close()
+        await self._close_channels()
 
-    async def _join(self) -> None:
-        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker)
+    async def take_over(self, previous: int) -> dict[int, Progress]:
+        """Join once more, to go on with the pushes of an earlier incarnation; how far each fragment got with them.
+
+        Raises:
+            PacelineError: The shard refuses, or cannot be reached.
+        """
+        answer = await self._join(previous)
+        return {each.fragment: Progress(seq=each.seq, superseded=each.superseded) for each in answer.progress}
+
+    async def _join(self, previous: int | None = None) -> pb.JoinResponse:
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker, previous_incarnation=previous)
         answer = await self._call(self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata))
         self.worker_index = answer.worker_index
         self.inner_steps = answer.inner_steps
         self.active_workers = answer.active_workers
-        self._lease_s = answer.lease_ms / 1000
+        self._heartbeat_s = (answer.heartbeat_ms or answer.lease_ms / HEARTBEATS_PER_LEASE) / 1000
+        return answer
 
     async def _call(self, call: Awaitable[_Answer]) -> _Answer:
         try:
-            return await call
-        except grpc.RpcError as error:
-            raise error_of(error, self.target) from error
+            return await called(call, self.target)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # The call was cancelled and not the caller: its channel was replaced.
+            raise UnavailableError(f"the connection to {self.target} was replaced during the call") from None
 
     async def _heartbeats(self) -> None:
+        wait_s = self._heartbeat_s
         while True:
-            await asyncio.sleep(self._lease_s / HEARTBEATS_PER_LEASE)
+            await asyncio.sleep(wait_s)
+            wait_s, sent_s = self._heartbeat_s, time.monotonic()
             try:
-                await self._heartbeat()
+                await self._heartbeat(self._silence.deadline_s)
+            except _LostHeartbeatError:
+                wait_s = 0.0
+                if self._silence.lost(time.monotonic(), sent_s):
+                    await self._replace_channel()
             except PacelineError as error:
                 if not error.retryable:
                     self._fail(error)
                     return
-                _log.debug("a heartbeat was lost: %s", error)
+                _log.debug("a heartbeat was refused: %s", error)
+            else:
+                self._silence.answered(time.monotonic() - sent_s)
 
-    async def _heartbeat(self) -> None:
+    async def _heartbeat(self, deadline_s: float) -> None:
         """Renew the lease, or join again if it ran out."""
         request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
         try:
-            answer = await self._call(self._stub.Heartbeat(request, timeout=CALL_S, metadata=self._access.metadata))
-        except NotAMemberError:
+            answer = await self._stub.Heartbeat(request, timeout=deadline_s, metadata=self._access.metadata)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise _LostHeartbeatError from error
+            known = error_of(error, self.target)
+            if not isinstance(known, NotAMemberError):
+                raise known from error
             await self._join()
             return
         self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
+
+    async def _replace_channel(self) -> None:
+        """Go on over a new TCP connection; the stream, if there is one, is dropped and resumed there."""
+        self._channels.append(self._access.channel(self.target, EXCHANGE_PING_S))
+        self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
+        reason = "heartbeats were not answered, and nothing came or went: the connection is replaced"
+        if self._stream_dropped is not None and not self._stream_dropped.done():
+            self._stream_dropped.set_exception(UnavailableError(reason))
+            return
+        _log.info("%s: %s", self.target, reason)
+        if not self.exchanging:
+            await self._close_channels(keep=1)
+
+    async def _close_channels(self, keep: int = 0) -> None:
+        """Close all but so many of the newest; nothing may be using the others."""
+        closing, self._channels = self._channels[: len(self._channels) - keep], self._channels[-keep:] if keep else []
+        await asyncio.gather(*(channel.close() for channel in closing))
 
     async def _exchange(self) -> None:
         """Keep exchanging; whatever ends that for good reaches everybody who waits."""
         try:
             await self._exchange_again_and_again()
         except NotInitializedError:
-            lost = "it was restarted, and its state was in memory; what workers hold is all that is left"
-            self._fail(NotInitializedError(f"{self.target} no longer has this run: {lost}"))
+            self._fail(
+                NotInitializedError(
+                    f"{self.target} has lost this run: it came back without parameters, since it has no data directory "
+                    "or an empty one. Start it with the run's data_dir, or begin anew: the first worker that joins "
+                    "gives the run its parameters"
+                )
+            )
         except PacelineError as error:
             self._fail(error)
         except Exception as error:
@@ -215,20 +279,30 @@ class ShardConnection:
         while True:
             self._answered_on_stream = False
             try:
+                await self._close_channels(keep=1)
                 if self.reconnects:
                     await self._join()
                 await self._stream()
                 reason = "the server ended the stream"
+            except StorageFullError as error:
+                reason = str(error)
+                self._warn_of_storage(reason)
             except PacelineError as error:
                 if not error.retryable:
                     raise
                 reason = str(error)
             if self._answered_on_stream:
+                self._storage_problem = None
                 delays_s = backoff_s(self._jitter)
             delay_s = next(delays_s)
             _log.info("the exchange with %s broke off (%s); resuming in %.1f s", self.target, reason, delay_s)
             await asyncio.sleep(delay_s)
             self.reconnects += 1
+
+    def _warn_of_storage(self, problem: str) -> None:
+        if problem != self._storage_problem:
+            self._storage_problem = problem
+            _log.warning("%s takes no pushes until there is room on its disk; waiting: %s", self.target, problem)
 
     async def _stream(self) -> None:
         """Serve one stream until it ends.
@@ -238,9 +312,11 @@ class ShardConnection:
         """
         call = self._stub.Exchange(metadata=self._access.metadata)
         self._to_send = deque(self._unanswered.values())
+        self._silence.begin_stream()
         parts = {asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))}
+        dropped = self._stream_dropped = asyncio.get_running_loop().create_future()
         try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*parts, dropped}, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
                 part.result()
         except grpc.RpcError as error:
@@ -250,6 +326,9 @@ class ShardConnection:
             metadata = await call.trailing_metadata()
             raise error_of_status(await call.code(), await call.details(), metadata, self.target) from error
         finally:
+            self._stream_dropped = None
+            if not dropped.cancel() and not dropped.cancelled():
+                dropped.exception()  # seen, should another part have ended the stream before it
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
@@ -258,7 +337,7 @@ class ShardConnection:
     async def _send(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
         if self._downlink is None:
             raise UnavailableError("the exchange has not begun")
-        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink))
+        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink), report_received=True)
         await call.write(pb.ExchangeRequest(open=opening))
         while True:
             while self._to_send:
@@ -271,7 +350,8 @@ class ShardConnection:
                     inner_step_us=self._inner_step_us(),
                     tokens=push.tokens,
                 )
-                for piece in pieces(push.outer_gradient.payload):
+                for piece in pieces(push.outer_gradient.payload, self._silence.piece_size):
+                    self._silence.wrote(time.monotonic(), len(piece))
                     await call.write(pb.ExchangeRequest(push=announced, data=piece))
                     announced = None
             self._has_work.clear()
@@ -281,10 +361,15 @@ class ShardConnection:
         receiver, announced = Receiver(), None
         try:
             async for message in call:
+                now_s = time.monotonic()
+                if message.HasField("received_bytes"):
+                    self._silence.arrived(now_s, message.received_bytes)
+                    continue
                 if message.HasField("update"):
                     announced = message.update
                     receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
                 assembly = receiver.add(message.data)
+                self._silence.received(now_s, more_follows=assembly is None)
                 if assembly is not None and announced is not None:
                     await self._answer(announced, assembly)
                 del message, assembly

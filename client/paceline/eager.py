@@ -13,13 +13,13 @@ Source: Kale et al., Eager Updates For Overlapped Communication and Computation 
 Algorithm 2; the server form is derived in docs/algorithms.md.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from paceline.uplink import Uplink
+from paceline.uplink import Uplink, UplinkState
 from paceline_wire.codecs.base import Codec
 
 
@@ -28,6 +28,13 @@ class Estimate(Protocol):
 
     def adapt(self, *, lr: float, momentum: float) -> None:
         """Take the coefficients that the run's outer schedule has now; they count for what is expected from now on."""
+
+    @property
+    def velocity(self) -> torch.Tensor | None:
+        """What it keeps between pushes, float32 [n]; None for nothing. A copy."""
+
+    def restore(self, velocity: torch.Tensor | None) -> None:
+        """Go on from what an estimate of the same kind kept (float32 [n]; not kept, copied); others ignore it."""
 
     def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor | None:
         """What `start` needs to know of the newest push (float32 [n]); None for nothing.
@@ -47,7 +54,19 @@ class Estimate(Protocol):
         """
 
 
-class _ExpectedSteps:
+class _Memoryless:
+    """Estimates that keep nothing between pushes."""
+
+    @property
+    def velocity(self) -> torch.Tensor | None:
+        """Nothing."""
+        return None
+
+    def restore(self, velocity: torch.Tensor | None) -> None:
+        """Nothing to go on from."""
+
+
+class _ExpectedSteps(_Memoryless):
     """Estimates that expect a fixed displacement of every push, whatever the server's momentum."""
 
     def adapt(self, *, lr: float, momentum: float) -> None:
@@ -99,6 +118,15 @@ class OwnOuterStep(_ExpectedSteps):
         self._whole = whole
         self._velocity: torch.Tensor | None = None
 
+    @property
+    def velocity(self) -> torch.Tensor | None:
+        """The momentum v, float32 [n]; None before the first push and without momentum. A copy."""
+        return None if self._velocity is None else self._velocity.clone()
+
+    def restore(self, velocity: torch.Tensor | None) -> None:
+        """Go on with the momentum v (float32 [n], copied)."""
+        self._velocity = None if velocity is None else velocity.clone()
+
     def adapt(self, *, lr: float, momentum: float) -> None:
         """Make the next steps with these coefficients."""
         self._lr, self._momentum = lr, momentum
@@ -118,7 +146,7 @@ class OwnOuterStep(_ExpectedSteps):
         return (self._velocity * self._momentum).add_(outer_gradient).mul_(rate)
 
 
-class PredictedServer:
+class PredictedServer(_Memoryless):
     """Play the server: from its newest parameters and momentum on, each push in flight fills a bin of its own.
 
     The others are expected to push the same. For each push D, in order of seq:
@@ -184,6 +212,21 @@ class PreparedPush:
     payload: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FragmentMemory:
+    """What a worker remembers of its pushes to one fragment; its tensors are read-only.
+
+    Attributes:
+        uplink: What the uplink remembers.
+        velocity: What the estimate keeps, float32 [n]; None: nothing.
+        expected: What is expected of each push in flight, by seq (float32 [n]); None: nothing.
+    """
+
+    uplink: UplinkState = field(default_factory=UplinkState)
+    velocity: torch.Tensor | None = None
+    expected: Mapping[int, torch.Tensor | None] = field(default_factory=dict)
+
+
 class WorkerFragment:
     """One fragment as a worker sees it.
 
@@ -210,6 +253,7 @@ class WorkerFragment:
         self._uplink = Uplink(codec, error_feedback=error_feedback)
         self._estimate = estimate
         self._expected: dict[int, torch.Tensor | None] = {}
+        self._included_seq = 0
 
     @property
     def base(self) -> torch.Tensor:
@@ -233,7 +277,8 @@ class WorkerFragment:
         numbers = outer_gradient if local_momentum is None else torch.cat((outer_gradient, local_momentum))
         encoded = self._uplink.encode(numbers)
         decoded = encoded.decoded if local_momentum is None else encoded.decoded[: outer_gradient.numel()]
-        self._expected[encoded.seq] = self._estimate.expect(decoded, num_workers)
+        expected = self._estimate.expect(decoded, num_workers)
+        self._expected[encoded.seq] = expected if encoded.seq > self._included_seq else None
         return PreparedPush(seq=encoded.seq, base_bin=self._bin, payload=encoded.payload)
 
     def receive(
@@ -263,6 +308,26 @@ class WorkerFragment:
         self._base = values
         self._bin = bin
         self._momentum = momentum
+
+    @property
+    def state(self) -> "FragmentMemory":
+        """What it remembers of its pushes at this moment."""
+        return FragmentMemory(
+            uplink=self._uplink.state, velocity=self._estimate.velocity, expected=dict(self._expected)
+        )
+
+    def restore(self, memory: "FragmentMemory", included_seq: int) -> None:
+        """Go on from what a worker remembered of its pushes to this fragment.
+
+        Args:
+            memory: What it remembered.
+            included_seq: The newest push, known here or not, that is in the base already: nothing more is expected of
+                it and those before it.
+        """
+        self._uplink.restore(memory.uplink)
+        self._estimate.restore(memory.velocity)
+        self._included_seq = included_seq
+        self._expected = {seq: known if seq > included_seq else None for seq, known in memory.expected.items()}
 
     def adapt(self, *, lr: float, momentum: float) -> None:
         """Take the outer coefficients that the run has now."""

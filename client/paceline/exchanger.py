@@ -8,9 +8,10 @@ overlapping.
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from paceline.local_momentum import LocalMomentum
 from paceline.loop import exchange_loop
 from paceline.session import Session, new_worker, open_session
 from paceline.worker import EndedRound, Overlap, ReceivedUpdate, Worker, WorkerSettings
+from paceline.worker_state import SavedFragment, SavedPush, SavedWorker, staleness
 from paceline_wire import codecs
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.transfer import outgoing
@@ -70,6 +72,14 @@ class ExchangeSettings:
     overlap: Overlap
     uplink: str | None
     downlink: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """A push that was handed to its connection, and the update that will answer it."""
+
+    push: OutgoingPush
+    update: "asyncio.Task[ReceivedUpdate]"
 
 
 class Exchanger:
@@ -124,6 +134,8 @@ class Exchanger:
         )
         self.window = settings.window
         self._locks = [asyncio.Lock() for _ in manifest.fragments]
+        self._encodings: set[asyncio.Task[_Sent]] = set()
+        self._in_flight: list[dict[int, OutgoingPush]] = [{} for _ in manifest.fragments]
         worker = Worker(
             settings,
             manifest,
@@ -153,6 +165,58 @@ class Exchanger:
         """The server's parameters as they are now, in every bit: each fragment's values (float32 [n]) and bin."""
         return self._wait_for(self._connected().fetch_all(codecs.codec("fp32")))
 
+    def saved(self) -> SavedWorker:
+        """All that this worker must remember, at a boundary between two inner steps. Called on the training thread.
+
+        Raises:
+            PacelineError: A round could not be encoded.
+        """
+        session = self._connected()
+        return SavedWorker(
+            worker_id=session.worker.worker_id,
+            incarnation=session.worker.incarnation,
+            manifest=session.require_manifest().digest,
+            initialization_id=session.initialization_id,
+            uplink=self._uplink.name,
+            round=self.worker.round,
+            steps_in_round=self.worker.steps_in_round,
+            tokens=self.worker.tokens,
+            fragments=self._wait_for(self._saved_fragments(self.worker.positions())),
+        )
+
+    def restore(self, saved: SavedWorker) -> "list[Future[None]]":
+        """Go on from a saved state, before the first inner step. Called on the training thread.
+
+        Returns:
+            The rounds in flight, each done when all is answered.
+
+        Raises:
+            InvalidInputError: It is the state of another worker, model or run.
+            PacelineError: A shard refuses, or cannot be reached.
+        """
+        session = self._connected()
+        saved.require(
+            worker_id=session.worker.worker_id,
+            manifest=session.require_manifest(),
+            initialization_id=session.initialization_id,
+        )
+        progress = self._wait_for(session.take_over(saved.incarnation))
+        bases = self._wait_for(session.fetch_all(self._downlink))
+        stale = staleness(saved, progress)
+        if stale is not None:
+            _log.warning(
+                "the saved state is older than what this worker has pushed: %s; its unfinished round and its pushes in "
+                "flight are dropped, and a new round begins at the run's parameters",
+                stale,
+            )
+            self.worker.begin_anew(saved.round, bases, progress)
+            return []
+        self.worker.restore(saved, bases, progress)
+        return [
+            asyncio.run_coroutine_threadsafe(self._send_again(pushes), self._loop)
+            for pushes in zip_longest(*(_pushes_of(index, saved) for index in range(len(saved.fragments))))
+        ]
+
     def close(self) -> None:
         """Leave the run. Closing twice is not an error."""
         if self._session is not None:
@@ -162,18 +226,73 @@ class Exchanger:
         session.begin_exchange(self._downlink)
 
     async def _round(self, ended: EndedRound) -> None:
-        await asyncio.gather(*(self._fragment_round(index, ended) for index in range(self.worker.num_fragments)))
+        encodings = [self._begin_encoding(index, ended) for index in range(self.worker.num_fragments)]
+        await asyncio.gather(*(self._answered(encoding) for encoding in encodings))
         self.traffic.rounds += 1
 
-    async def _fragment_round(self, index: int, ended: EndedRound) -> None:
+    def _begin_encoding(self, index: int, ended: EndedRound) -> "asyncio.Task[_Sent]":
+        encoding = asyncio.create_task(self._encode(index, ended))
+        self._encodings.add(encoding)
+        encoding.add_done_callback(self._encodings.discard)
+        return encoding
+
+    async def _encode(self, index: int, ended: EndedRound) -> _Sent:
         async with self._locks[index]:
-            push = await in_codec_thread(self._prepare, index, ended)
-        update = await self._connected().connection_of(index).push(push)
-        async with self._locks[index]:
-            await in_codec_thread(self.worker.take_in, index, push.seq, update)
+            return self._send(await in_codec_thread(self._prepare, index, ended))
+
+    def _send(self, push: OutgoingPush) -> _Sent:
+        """Hand a push to its connection; those of a fragment in the order of their seq."""
+        self._in_flight[push.fragment][push.seq] = push
+        return _Sent(push, asyncio.create_task(self._connected().connection_of(push.fragment).push(push)))
+
+    async def _answered(self, encoding: "asyncio.Task[_Sent]") -> None:
+        await self._take_in(await encoding)
+
+    async def _take_in(self, sent: _Sent) -> None:
+        push, update = sent.push, await sent.update
+        async with self._locks[push.fragment]:
+            await in_codec_thread(self.worker.take_in, push.fragment, push.seq, update)
+            del self._in_flight[push.fragment][push.seq]
         if update.refusal is not None:
             _log.warning("the server refused a push, and this worker goes on from the run's state: %s", update.refusal)
         self._count(push, update)
+
+    async def _saved_fragments(self, positions: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[SavedFragment]:
+        """Every fragment's state, once the rounds that have ended are encoded: before, their work is nowhere else."""
+        if self._encodings:
+            done, _ = await asyncio.wait(self._encodings)
+            for encoding in done:
+                encoding.result()
+        return await asyncio.gather(*(self._saved_fragment(index, *each) for index, each in enumerate(positions)))
+
+    async def _saved_fragment(self, index: int, start: torch.Tensor, values: torch.Tensor) -> SavedFragment:
+        async with self._locks[index]:
+            memory = await in_codec_thread(self.worker.memory, index)
+            pushes = [
+                SavedPush(
+                    seq=push.seq,
+                    base_bin=push.base_bin,
+                    tokens=push.tokens,
+                    payload=push.outer_gradient.payload,
+                    residual=memory.uplink.residuals_in_flight[push.seq],
+                    expected=memory.expected[push.seq],
+                )
+                for push in self._in_flight[index].values()
+            ]
+        return SavedFragment(
+            start=start,
+            values=values,
+            seq=memory.uplink.seq,
+            residual=memory.uplink.residual,
+            velocity=memory.velocity,
+            pushes=pushes,
+        )
+
+    async def _send_again(self, pushes: Sequence[OutgoingPush | None]) -> None:
+        """Send pushes of one round that a saved state had in flight, until they are answered."""
+        sent = [self._send(push) for push in pushes if push is not None]
+        await asyncio.gather(*(self._take_in(each) for each in sent))
+        self.traffic.rounds += 1
 
     def _prepare(self, index: int, ended: EndedRound) -> OutgoingPush:
         """On a codec thread: make a fragment's push ready to be sent."""
@@ -201,3 +320,18 @@ class Exchanger:
     def _wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Run a coroutine on the exchange thread and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _pushes_of(index: int, saved: SavedWorker) -> list[OutgoingPush]:
+    """A fragment's pushes that were in flight, as they were sent."""
+    codec = codecs.codec(saved.uplink)
+    return [
+        OutgoingPush(
+            fragment=index,
+            seq=push.seq,
+            base_bin=push.base_bin,
+            outer_gradient=outgoing(codec, push.payload),
+            tokens=push.tokens,
+        )
+        for push in saved.fragments[index].pushes
+    ]

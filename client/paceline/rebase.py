@@ -37,6 +37,20 @@ class RoundStart:
         self._rounds = 0
         self._proposal: _Proposal | None = None
 
+    @property
+    def current(self) -> Snapshot:
+        """Where the current round started."""
+        with self._lock:
+            return self._start
+
+    def restore(self, start: torch.Tensor, values: torch.Tensor) -> None:
+        """Set the model to values, in a round that began at start (float32 [n] each). Called on the training thread."""
+        with self._lock:
+            self._state.write(values)
+            self._start = Snapshot(start)
+            self._moves += 1
+            self._proposal = None
+
     def propose(self, start: torch.Tensor, *, replace: bool = False) -> None:
         """Propose a new start (float32 [n] on the host). Called on the exchange thread.
 

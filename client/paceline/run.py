@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from paceline.exchanger import Exchanger, ExchangeSettings
 from paceline.fragments import exchanged
 from paceline.local_momentum import LocalMomentum
 from paceline.worker import Overlap, StepTime
+from paceline.worker_state import SavedWorker
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -139,6 +141,51 @@ class Run:
             self._end_round()
         self._wait_for_room(1)
         self._worker.adopt_canonical(self._exchanger.fetch_canonical())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this worker must remember so that its own restart costs nothing: for a checkpoint of the script.
+
+        Callable between any two inner steps; what is in flight stays so, and is part of the state. Save it together
+        with model and optimizer. It holds up to 16 bytes for every parameter, and up to 12 for each round in flight.
+
+        Returns:
+            A nested dict of tensors, ints, strings, lists and None, which torch.save and
+            torch.load(weights_only=True) take. Its tensors are not to be changed.
+
+        Raises:
+            PacelineError: The exchange has failed for good.
+        """
+        return self._exchanger.saved().to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a process that has ended saved its state.
+
+        Join with that process's worker_id, then call this before the first inner step. Pushes that were in flight are
+        settled or sent again, so that each counts once; the model is set to the run's newest parameters, plus what is
+        expected of the pushes in flight, plus what the unfinished round had done; and that round goes on at its step.
+
+        Where the process had ended the round and pushed it before it died, the round is finished once more and its push
+        is not applied again. Where it had pushed more than that, the state is too old: the unfinished round and the
+        pushes in flight are dropped with a warning in the log, and a new round begins at the run's parameters.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            InvalidInputError: The run has begun already here, or the state is of another worker, model or run.
+            PacelineError: The server refuses this worker, or cannot be reached.
+
+        Example:
+            with paceline.join(address, model, optimizer, worker_id="a") as run:
+                if checkpoint is not None:
+                    run.load_state_dict(checkpoint["run"])
+        """
+        if self._worker.round or self._worker.steps_in_round or self._in_flight:
+            raise InvalidInputError(
+                "load_state_dict came after the first inner step, or a second time: call it once, right after join"
+            )
+        with torch.no_grad():
+            self._in_flight.extend(self._exchanger.restore(SavedWorker.from_dict(state)))
 
     def close(self) -> None:
         """Leave the run at once; what is in flight may or may not count."""

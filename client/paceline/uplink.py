@@ -1,6 +1,7 @@
 """One fragment's pushes on their way up: sequence numbers, and error feedback over pushes that may still be refused."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +22,21 @@ class EncodedPush:
     seq: int
     payload: torch.Tensor
     decoded: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UplinkState:
+    """What an uplink remembers; its tensors are read-only.
+
+    Attributes:
+        seq: The newest push that was encoded; 0: none.
+        residual: What the codec owes of the pushes that were applied, float32 [n]; None: nothing.
+        residuals_in_flight: What it will owe once a push in flight is applied, by seq.
+    """
+
+    seq: int = 0
+    residual: torch.Tensor | None = None
+    residuals_in_flight: Mapping[int, torch.Tensor | None] = field(default_factory=dict)
 
 
 class Uplink:
@@ -48,6 +64,17 @@ class Uplink:
         self._seq += 1
         self._residuals_in_flight[self._seq] = encoded.residual if self._error_feedback else None
         return EncodedPush(seq=self._seq, payload=encoded.payload, decoded=encoded.decoded)
+
+    @property
+    def state(self) -> UplinkState:
+        """What it remembers at this moment."""
+        return UplinkState(seq=self._seq, residual=self._residual, residuals_in_flight=dict(self._residuals_in_flight))
+
+    def restore(self, state: UplinkState) -> None:
+        """Go on from what an uplink to the same fragment remembered."""
+        self._seq = state.seq
+        self._residual = state.residual
+        self._residuals_in_flight = dict(state.residuals_in_flight)
 
     def settle(self, seq: int, *, applied: bool) -> None:
         """Learn what became of a push."""

@@ -9,6 +9,9 @@
 
 `after_step`, `adopt`, `end_round` and `count` belong to the training thread, `prepare` and `take_in` to whoever
 exchanges; of one fragment, those two are called one at a time and in order.
+
+A worker that is to survive its process saves `positions` and, fragment by fragment, `memory` (worker_state.py); the
+next process makes a new one and lets it `restore` them, before anything else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +22,7 @@ import torch
 
 from paceline.eager import (
     Estimate,
+    FragmentMemory,
     LocalContinuation,
     NoEstimate,
     OwnOuterStep,
@@ -28,6 +32,8 @@ from paceline.eager import (
 )
 from paceline.model_state import FragmentState, Snapshot
 from paceline.rebase import RoundStart
+from paceline.uplink import UplinkState
+from paceline.worker_state import Progress, SavedFragment, SavedWorker
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.manifest import Fragment, Manifest
@@ -174,6 +180,11 @@ class Worker:
         """Whether no inner step has changed the model since the last start that was adopted whole."""
         return self._untouched
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens or samples that the current round stands for so far; None if nobody counted them."""
+        return self._tokens
+
     def after_step(self, steps: int = 1) -> None:
         """Count inner steps that have changed the model."""
         self.steps_in_round += steps
@@ -241,6 +252,55 @@ class Worker:
         self._untouched = True
         self.adopt()
 
+    def positions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each fragment's round started and where the model is, float32 [n]. Called on the training thread."""
+        values = [state.read() for state in self._states]
+        return [(start.current.wait(), snapshot.wait()) for start, snapshot in zip(self._starts, values, strict=True)]
+
+    def memory(self, index: int) -> FragmentMemory:
+        """What is remembered of the pushes to a fragment; not while `prepare` or `take_in` works on it."""
+        return self._fragments[index].state
+
+    def restore(
+        self, saved: SavedWorker, bases: Sequence[tuple[torch.Tensor, int]], progress: Sequence[Progress]
+    ) -> None:
+        """Go on from a saved state that is not stale: newest base plus what is expected, minus the local progress.
+
+        A fragment to which one push more was decided than the state knows stays where it was: its round ended before,
+        and is done once more until then.
+
+        Args:
+            saved: The state.
+            bases: Each fragment's newest values (float32 [n]; kept) and bin, fetched after the progress was told.
+            progress: How far the shards got, fragment by fragment.
+        """
+        self.round, self.steps_in_round, self._tokens = saved.round, saved.steps_in_round, saved.tokens
+        self._untouched = saved.steps_in_round == 0
+        for index, (values, newest_bin) in enumerate(bases):
+            fragment, start = self._fragments[index], self._starts[index]
+            of, found = saved.fragments[index], progress[index]
+            fragment.rebase(values, newest_bin)
+            fragment.restore(_memory_of(of), found.seq)
+            start.restore(of.start, of.values)
+            if found.seq <= of.seq:
+                start.propose(fragment.new_start())
+        self.adopt()
+
+    def begin_anew(
+        self, round_number: int, bases: Sequence[tuple[torch.Tensor, int]], progress: Sequence[Progress]
+    ) -> None:
+        """Begin a round at the run's values, as a worker whose saved state is stale; pushes go on where the run is.
+
+        Args:
+            round_number: What to call the round.
+            bases: Each fragment's newest values (float32 [n]; kept) and bin.
+            progress: How far the shards got, fragment by fragment.
+        """
+        self.round = round_number
+        for fragment, found in zip(self._fragments, progress, strict=True):
+            fragment.restore(FragmentMemory(uplink=UplinkState(seq=found.seq)), found.seq)
+        self.adopt_canonical(bases)
+
 
 class StepTime:
     """The running mean of an inner step's duration, which a worker reports as its speed."""
@@ -271,6 +331,15 @@ def estimate_of(settings: WorkerSettings, fragment: Fragment) -> Estimate:
     if own_weight == "predicted" and fragment.role == "parameter" and not outer.local_momentum:
         return PredictedServer(lr=lr, momentum=momentum, look_ahead=outer.look_ahead)
     return OwnOuterStep(lr=lr, momentum=momentum, look_ahead=outer.look_ahead, whole=own_weight != "1/M")
+
+
+def _memory_of(saved: SavedFragment) -> FragmentMemory:
+    residuals = {push.seq: push.residual for push in saved.pushes}
+    return FragmentMemory(
+        uplink=UplinkState(seq=saved.seq, residual=saved.residual, residuals_in_flight=residuals),
+        velocity=saved.velocity,
+        expected={push.seq: push.expected for push in saved.pushes},
+    )
 
 
 def _coefficients(settings: WorkerSettings, fragment: Fragment, lr: float, momentum: float) -> tuple[float, float]:

@@ -8,6 +8,8 @@ class that the peer raised.
 from typing import ClassVar
 
 ERROR_METADATA_KEY = "paceline-error"
+NEWEST_INCARNATION_KEY = "paceline-newest-incarnation"
+"""Trailing metadata beside SupersededError: the incarnation that superseded the caller's, in decimal."""
 
 
 class PacelineError(Exception):
@@ -63,9 +65,17 @@ class NotAMemberError(PacelineError):
 
 
 class SupersededError(PacelineError):
-    """A newer incarnation of the same worker has joined, or opened a newer stream; this one must stop."""
+    """A newer incarnation of the same worker has joined, or opened a newer stream; this one must stop.
+
+    Attributes:
+        newest_incarnation: That incarnation, if the raiser knew it.
+    """
 
     grpc_code = "ABORTED"
+
+    def __init__(self, message: str, newest_incarnation: int | None = None) -> None:
+        super().__init__(message)
+        self.newest_incarnation = newest_incarnation
 
 
 class ProtocolVersionError(PacelineError):

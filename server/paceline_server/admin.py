@@ -40,6 +40,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             pushes_applied=counters.pushes_applied,
             pushes_duplicate=counters.pushes_duplicate,
             pushes_refused=counters.pushes_refused,
+            pushes_outlying=counters.pushes_outlying,
             bytes_received=counters.bytes_received,
             bytes_sent=counters.bytes_sent,
             bins_late_total=counters.bins_late_total,
@@ -51,9 +52,17 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     inner_step_us=None if member.inner_step_s is None else round(member.inner_step_s * 1e6),
                     inner_steps=membership.inner_steps(member.worker),
                     pushes_applied=shard.pushes_by_worker.get(member.worker, 0),
+                    pushes_refused=shard.refused_by_worker.get(member.worker, 0),
                     silent_ms=round(max(now - member.seen_s, 0.0) * 1000),
+                    allowed_silence_ms=round(membership.allowed_silence_s(member.worker) * 1000),
                 )
                 for member in membership.members
+            ],
+            quarantined=[
+                admin_pb2.QuarantinedWorker(
+                    worker_id=held.worker, reason=held.reason, remaining_ms=round(held.remaining_s * 1000)
+                )
+                for held in membership.quarantine.workers(now)
             ],
             warnings=self._warnings(),
             storage=None if self._snapshotter is None else _storage_status(self._snapshotter),

@@ -12,6 +12,7 @@ from fsspec import available_protocols
 from pydantic import Field, ValidationInfo, field_validator
 
 from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
+from paceline_server.config_guard import GuardConfig
 from paceline_server.config_outer import OuterConfig
 from paceline_server.config_security import SecurityConfig
 
@@ -62,7 +63,8 @@ class ScheduleConfig(Section):
         gt=0,
         le=MAX_LEASE_S,
         allow_inf_nan=False,
-        description="Longest silence, in seconds, before a worker stops counting as active.",
+        description="Longest silence, in seconds, before a worker stops counting as active. An upper bound: as soon as "
+        "a worker's heartbeats show how regular they are, it is given up earlier, and no other time is to be set.",
     )
 
     @field_validator("quorum")
@@ -218,6 +220,7 @@ class ServerConfig(Section):
     outer: OuterConfig = Field(default_factory=OuterConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     exchange: ExchangeConfig = Field(default_factory=ExchangeConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
 

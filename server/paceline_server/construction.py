@@ -1,8 +1,10 @@
 """From a configuration to the empty state of a shard, and to what workers are told of it."""
 
 from paceline_server.config import ServerConfig
+from paceline_server.guard import Guard
 from paceline_server.ledger import Schedule, ScheduleKind
 from paceline_server.membership import Membership
+from paceline_server.quarantine import Quarantine
 from paceline_server.rules.base import OuterRule, RuleSettings
 from paceline_server.rules.heloco import DirectionCorrection
 from paceline_server.rules.rates import Decay, Rates
@@ -34,7 +36,9 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
             lease_s=config.schedule.lease_s,
             inner_steps=config.exchange.inner_steps,
             dynamic_inner_steps=config.exchange.dynamic_inner_steps,
+            quarantine=Quarantine(rounds=config.guard.quarantine_rounds, duration_s=config.guard.quarantine_s),
         ),
+        guard=Guard(outlier_factor=config.guard.outlier_factor) if config.guard.refuse_outliers else None,
         correction=correction,
     )
 

@@ -12,53 +12,43 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from paceline_server.buffers import MIB, Buffers, Room
+from paceline_server.buffers import MIB, Buffers
 from paceline_server.config import DEFAULT_BUFFER_MIB
-from paceline_server.fragment import FragmentValues
+from paceline_server.evidence import EvidenceKeeper, NoEvidence
+from paceline_server.guard import checked_norm, median_of
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
-from paceline_server.ledger import Answer, Decision, Ledger, Outcome, PushRequest, answer_with_newest
+from paceline_server.ledger import Answer, Decision, Ledger, Outcome, answer_with_newest
 from paceline_server.newest import NewestValues, Wanted
+from paceline_server.received import ReceivedPush, evidence_of, follow_and_encode
 from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
+from paceline_server.takeover import Progress, take_over
 from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import CodecError, StorageError, StorageFullError, UnavailableError
+from paceline_wire.errors import (
+    CodecError,
+    NotInitializedError,
+    PacelineError,
+    StorageError,
+    StorageFullError,
+    UnavailableError,
+)
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Outgoing, outgoing
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 Clock = Callable[[], float]
-
-FULL_DISK_S = 1.0
-"""Seconds between attempts to close bins that are due while the disk is full."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReceivedPush:
-    """A push that has arrived whole.
-
-    Attributes:
-        fragment: The fragment's index.
-        request: Who pushes what.
-        codec: How it is written.
-        payload: Its bytes (uint8 [m]); m is the codec's size for the fragment.
-        room: What they take of the shard's buffer; the engine gives it back.
-    """
-
-    fragment: int
-    request: PushRequest
-    codec: Codec
-    payload: torch.Tensor
-    room: Room
 
 
 class Engine:
@@ -79,6 +69,7 @@ class Engine:
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
         buffers: What payloads under way may take; None: the default of exchange.buffer_mib.
+        evidence: Where pushes go that were refused for what they contained; None: nowhere.
     """
 
     def __init__(
@@ -90,6 +81,7 @@ class Engine:
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
         buffers: Buffers | None = None,
+        evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
         self.buffers = buffers or Buffers(DEFAULT_BUFFER_MIB * MIB)
@@ -102,6 +94,7 @@ class Engine:
         self.membership_record = 0
         self._send_momentum = send_momentum
         self._watch = watch
+        self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
         self._locks = {index: asyncio.Lock() for index in shard.fragments}
@@ -115,23 +108,34 @@ class Engine:
         """Held during an upload of first parameters, so that uploads do not mix."""
         return self._initializing
 
-    async def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
-        """Take the manifest of a first upload; False if the parameters are here already.
+    async def begin_initialization(
+        self, manifest: Manifest, initialization_id: int, replaces: int | None = None
+    ) -> bool:
+        """Take the manifest of a first upload; False if the parameters are here already, and stay.
+
+        Args:
+            manifest: The manifest.
+            initialization_id: The upload.
+            replaces: The upload whose parameters this one may replace; None: none.
 
         Raises:
             ManifestMismatchError: The run has another manifest.
         """
-        if not self.shard.begin_initialization(manifest, initialization_id):
-            return False
-        self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
-        await self._append(
-            Initialized(
-                manifest=manifest,
-                initialization_id=initialization_id,
-                shard=self.shard.index,
-                num_shards=self.shard.num_shards,
+        async with AsyncExitStack() as held:
+            # Nobody may push to parameters that are about to be replaced.
+            for lock in self._locks.values():
+                await held.enter_async_context(lock)
+            if not self.shard.begin_initialization(manifest, initialization_id, replaces):
+                return False
+            self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
+            await self._append(
+                Initialized(
+                    manifest=manifest,
+                    initialization_id=initialization_id,
+                    shard=self.shard.index,
+                    num_shards=self.shard.num_shards,
+                )
             )
-        )
         return True
 
     async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
@@ -164,9 +168,37 @@ class Engine:
         Raises:
             NotInitializedError: The shard's parameters are not complete.
         """
-        self.shard.hosted(push.fragment)
+        fragment, _ = self.shard.hosted(push.fragment)
         self._recipients[push.request.worker, push.request.incarnation, push.fragment] = recipient
-        return self._event(self._push(push))
+        return self._event(self._push(push, fragment))
+
+    async def take_over(self, worker: str, previous: int, incarnation: int) -> list[Progress]:
+        """Let a worker's new incarnation go on with the pushes of a previous one; how far each fragment got with them.
+
+        Pushes of the previous one that are being processed are counted, and none enters afterwards.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+            InvalidInputError: previous is not an earlier incarnation.
+            SupersededError: A newer incarnation has come.
+            StorageFullError: There is no room to keep that; ask again.
+        """
+        self.shard.refuse_uninitialized()
+        events = [self._event(self._take_over(index, worker, previous, incarnation)) for index in self.shard.fragments]
+        return list(await asyncio.shield(asyncio.gather(*events)))
+
+    async def _take_over(self, index: int, worker: str, previous: int, incarnation: int) -> Progress:
+        async with self._locks[index]:
+            fragment = self.shard.fragments[index]
+            progress, ledger = take_over(fragment.ledger, index, worker, previous, incarnation)
+            if ledger is not fragment.ledger:
+                reason = f"incarnation {incarnation} of worker {worker} goes on from {previous}"
+                decision = Decision(outcome=Outcome.TAKEN_OVER, reason=reason)
+                record = Decided(fragment=index, time_s=self.clock(), push=None, decision=decision, ledger=ledger)
+                number = await self._append(record)
+                self.shard.keep(index, decision, ledger, None)
+                fragment.record = number
+            return progress
 
     async def snapshot(self, index: int, codec: Codec) -> tuple[int, Encoded]:
         """A fragment's current values, and the bin that gradients computed from them belong to; waits for room.
@@ -212,7 +244,7 @@ class Engine:
             return await self._in_thread(self.shard.fragments[index].copied)
 
     def roster_changed(self) -> None:
-        """Look again which bins close: a worker joined or left."""
+        """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
 
     async def membership_changed(self) -> None:
@@ -221,7 +253,7 @@ class Engine:
         A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
         """
         self.roster_changed()
-        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state())
+        record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state(self.clock()))
         try:
             number = await self._append(record)
         except StorageFullError as error:
@@ -229,28 +261,29 @@ class Engine:
             return
         self.membership_record = max(self.membership_record, number)
 
-    async def watch_time(self) -> None:
-        """Do what time alone makes due (leases, grace windows); runs until cancelled."""
-        while True:
-            given_up = self.shard.membership.expire(self.clock())
-            for sentence in given_up:
-                _log.info("%s", sentence)
-            if given_up:
-                await self.membership_changed()
-            self.streams.keep_only(self.shard.membership.members)
-            try:
-                for index in list(self._locks):
-                    await asyncio.shield(self._event(self._close_if_due(index)))
-            except StorageFullError as error:
-                _log.warning("a bin that is due cannot close: %s", error)
-                await asyncio.sleep(FULL_DISK_S)
-            next_s = self.shard.next_event_s()
-            wait_s = None if next_s is None else max(next_s - self.clock(), 0.0)
-            try:
-                await asyncio.wait_for(self._roster_changed.wait(), wait_s)
-            except TimeoutError:
-                continue
+    async def wait_for_roster(self, longest_s: float) -> None:
+        """Wait until a worker joins, leaves, is given up or put in quarantine; at most so many seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._roster_changed.wait(), longest_s)
             self._roster_changed.clear()
+
+    async def close_due_bins(self) -> None:
+        """Close the bins that time or a change of the membership has made due.
+
+        Raises:
+            StorageFullError: There is no room to keep that one has closed; it is due still.
+        """
+        for index in list(self._locks):
+            await asyncio.shield(self._event(self._close_if_due(index)))
+
+    def forget_gone(self) -> None:
+        """Forget workers that have been gone for long."""
+        busy = {index for index, lock in self._locks.items() if lock.locked()}
+        self.shard.forget_gone(self.clock(), busy)
+
+    def end_streams_of_others(self) -> None:
+        """End the streams of all who are no longer members."""
+        self.streams.keep_only(self._refusal)
 
     async def finish(self) -> None:
         """Wait for the events that have begun, and end the journal and the threads."""
@@ -259,18 +292,26 @@ class Engine:
         await self._journal.close()
         self._threads.shutdown()
 
-    async def _push(self, push: ReceivedPush) -> None:
+    def _refusal(self, worker: pb.Worker) -> PacelineError | None:
+        """Why nothing is taken from a worker now; None if it is a member."""
+        return self.shard.membership.refusal(self.clock(), worker.worker_id, worker.incarnation)
+
+    async def _push(self, push: ReceivedPush, fragment: HostedFragment) -> None:
         try:
-            await self._decide_and_apply(push)
+            await self._decide_and_apply(push, fragment)
         finally:
             push.room.release()
 
-    async def _decide_and_apply(self, push: ReceivedPush) -> None:
+    async def _decide_and_apply(self, push: ReceivedPush, fragment: HostedFragment) -> None:
         async with self._locks[push.fragment]:
-            request = await self._with_problem(push)
-            now_s = self.clock()
+            if self.shard.fragments.get(push.fragment) is not fragment:
+                raise NotInitializedError("the run was initialized anew, and this push belongs to what it replaced")
+            self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
+            push = await self._inspected(push)
+            now_s, request = self.clock(), push.request
+            recent_norms = fragment.norms
             decision, ledger = self.shard.decide_push(now_s, push.fragment, request)
-            if request.problem is not None:
+            if decision.outcome is Outcome.REFUSED and request.problem is not None:
                 _log.warning(
                     "refused push %d of worker %s to fragment %d: %s",
                     request.seq,
@@ -281,6 +322,13 @@ class Engine:
             await self._carry_out(push.fragment, now_s, decision, ledger, push)
             if self.shard.schedule.quorum is not None:
                 self._roster_changed.set()
+            quarantined = self.shard.note_conduct(self.clock(), request, push.norm, decision)
+        if decision.outcome is Outcome.REFUSED and request.problem is not None:
+            await self._evidence.keep(evidence_of(push, request.problem, median_of(recent_norms)))
+        if quarantined is not None:
+            _log.warning("%s", quarantined)
+            await self.membership_changed()
+            self.shard.membership.quarantine.refuse(self.clock(), request.worker)
         if decision.contribution is not None:
             await self._look_at_stability(decision.contribution.bins_late)
 
@@ -297,15 +345,17 @@ class Engine:
         elif self.warning is None and before is not None:
             _log.info("the outer settings suit %d workers again", seen.workers)
 
-    async def _with_problem(self, push: ReceivedPush) -> PushRequest:
-        """The request, with the reason why its content cannot be applied, if there is one."""
+    async def _inspected(self, push: ReceivedPush) -> ReceivedPush:
+        """The push with its norm, and with the reason why its content cannot be applied, if there is one."""
         num_elements = self.shard.push_elements(push.fragment)
+        norm: float | None = None
         try:
-            await self._in_thread(lambda: push.codec.check(push.payload, num_elements))
+            norm = await self._in_thread(lambda: checked_norm(push.codec, push.payload, num_elements))
         except CodecError as error:
-            problem = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
-            return replace(push.request, problem=problem)
-        return push.request
+            problem: str | None = f"the outer gradient of fragment {push.fragment} cannot be applied: {error}"
+        else:
+            problem = self.shard.outlier_problem(push.fragment, norm)
+        return replace(push, norm=norm, request=replace(push.request, problem=problem))
 
     async def _close_if_due(self, index: int) -> None:
         async with self._locks[index]:
@@ -333,6 +383,7 @@ class Engine:
             ledger=ledger,
             codec=contributing.codec.name if contributing is not None else None,
             payload=contributing.payload if contributing is not None else None,
+            norm=push.norm if push is not None else None,
         )
         number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
         num_elements = values.num_elements * (2 if with_momentum else 1)
@@ -340,10 +391,10 @@ class Engine:
         rooms = rooms_for(self.buffers.outgoing, present, num_elements)
         try:
             followed_s, encoded = await self._in_thread(
-                lambda: _follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
+                lambda: follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
             )
             self.replay_s += followed_s
-            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None)
+            self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
             fragment.record = number
             for answer, recipient in recipients:
                 if recipient is not None:
@@ -379,7 +430,7 @@ class Engine:
             _log.critical("the shard ends: %s", reason)
             self.failed.set_result(reason)
 
-    def _event(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _event(self, work: Coroutine[Any, Any, _Result]) -> "asyncio.Task[_Result]":
         task = asyncio.create_task(work)
         self._events.add(task)
         task.add_done_callback(self._events.discard)
@@ -387,27 +438,3 @@ class Engine:
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def _follow_and_encode(
-    values: FragmentValues,
-    decision: Decision,
-    push: ReceivedPush | None,
-    downlinks: set[Codec],
-    *,
-    with_momentum: bool,
-) -> tuple[float, dict[Codec, Outgoing]]:
-    """Change the numbers as decided, then write them in every codec that is asked for.
-
-    Returns:
-        The processor seconds that the change took, and the values by codec.
-    """
-    began_s = time.thread_time()
-    if push is None:
-        values.follow(decision)
-    else:
-        values.follow(decision, push.codec, push.payload)
-    followed_s = time.thread_time() - began_s
-    return followed_s, {
-        codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks
-    }

@@ -7,16 +7,18 @@ that it holds, at once.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from paceline_server.buffers import STALLED_S, Room
-from paceline_server.engine import Engine, ReceivedPush
+from paceline_server.engine import Engine
 from paceline_server.ledger import Answer, PushRequest
+from paceline_server.received import ReceivedPush
 from paceline_server.updates import Encoded
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
-from paceline_wire.transfer import Assembly, Receiver, pieces
+from paceline_wire.transfer import Assembly, PieceSize, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -34,6 +36,28 @@ class _Incoming(NamedTuple):
     room: Room
 
 
+class Received:
+    """Tells the worker how much has arrived, as often as the link takes it, and never holds up the reading."""
+
+    def __init__(self, write: Callable[[pb.ExchangeResponse], Awaitable[None]]) -> None:
+        self._write = write
+        self._num_bytes = 0
+        self._more = asyncio.Event()
+
+    def add(self, num_bytes: int) -> None:
+        """Count payload bytes that have arrived."""
+        if num_bytes:
+            self._num_bytes += num_bytes
+            self._more.set()
+
+    async def report(self) -> None:
+        """Send the newest count whenever it has grown; runs until cancelled."""
+        while True:
+            await self._more.wait()
+            self._more.clear()
+            await self._write(pb.ExchangeResponse(received_bytes=self._num_bytes))
+
+
 class ExchangeStream:
     """A worker's open stream.
 
@@ -42,6 +66,7 @@ class ExchangeStream:
         worker: Who is at the other end.
         downlink: How its updates are to be written.
         write: Sends one message; returns when gRPC has room for the next.
+        report_received: Whether the worker wants to know how much has arrived.
     """
 
     def __init__(
@@ -50,6 +75,8 @@ class ExchangeStream:
         worker: pb.Worker,
         downlink: Codec,
         write: Callable[[pb.ExchangeResponse], Awaitable[None]],
+        *,
+        report_received: bool = False,
     ) -> None:
         self.worker = worker
         self.downlink = downlink
@@ -65,6 +92,8 @@ class ExchangeStream:
         self._read_no_more = asyncio.Event()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ended = False
+        self._received = Received(self._write_one) if report_received else None
+        self._writing = asyncio.Lock()
 
     async def run(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
         """Serve the stream until the worker closes its side.
@@ -75,16 +104,19 @@ class ExchangeStream:
         reading = asyncio.create_task(self._read(messages))
         sending = asyncio.create_task(self._send())
         parts: set[asyncio.Future[None]] = {reading, sending, self._end}
+        if self._received is not None:
+            parts.add(asyncio.create_task(self._received.report()))
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
                 part.result()
         finally:
             self._engine.forget(self)
-            reading.cancel()
-            sending.cancel()
+            tasks = parts - {self._end}
+            for task in tasks:
+                task.cancel()
             self._free()
-            await asyncio.gather(reading, sending, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def drain(self) -> None:
         """Read nothing more, answer what has been received whole and can be answered, and end the stream."""
@@ -123,6 +155,8 @@ class ExchangeStream:
                 await self._begin(message.push)
             elif message.HasField("open"):
                 raise InvalidInputError("a stream is opened once; `open` came again")
+            if self._received is not None:
+                self._received.add(len(message.data))
             await self._take(message.data)
             del message  # or it would stay until the next one comes
 
@@ -199,14 +233,22 @@ class ExchangeStream:
         try:
             encoded.room.begin_transfer(self._end_stalled)
             update = self._update(fragment, answer, encoded.values.announced)
-            for piece in pieces(encoded.values.payload):
-                await self._write(pb.ExchangeResponse(update=update, data=piece))
+            size = PieceSize()  # anew: the first message of an update shows on a slow link, too, that it comes
+            for piece in pieces(encoded.values.payload, size):
+                began_s = time.monotonic()
+                await self._write_one(pb.ExchangeResponse(update=update, data=piece))
+                size.observe(time.monotonic() - began_s)
                 encoded.room.moved()
                 update = None
             self._engine.shard.counters.bytes_sent += encoded.values.payload.numel()
         finally:
             encoded.room.release()
             self._num_encoded -= 1
+
+    async def _write_one(self, message: pb.ExchangeResponse) -> None:
+        """Send a message; gRPC takes one at a time."""
+        async with self._writing:
+            await self._write(message)
 
     def _end_stalled(self) -> None:
         sentence = f"no message passed for {STALLED_S:g} s while other workers waited for the room that it held"

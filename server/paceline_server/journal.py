@@ -68,6 +68,7 @@ class Decided:
         ledger: Its bookkeeping afterwards.
         codec: Name of the codec of the push; None if no push enters.
         payload: The push as it was received (uint8 [m]); None if no push enters.
+        norm: The push's L2 norm, whether it enters or not; None if there is no push, or it is not finite.
     """
 
     fragment: int
@@ -77,6 +78,7 @@ class Decided:
     ledger: Ledger
     codec: str | None = None
     payload: torch.Tensor | None = None
+    norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,10 @@ Rules:
    that it was computed at.
 9. Participation: every push is answered at once, as in 3, but the next bin starts when all active workers have pushed
    since this one did.
+10. A worker that goes on from the saved state of an earlier incarnation takes over its pushes (takeover.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -140,6 +141,7 @@ class Outcome(Enum):
     REFUSED = "refused"
     DUPLICATE = "duplicate"
     CLOSED = "closed"
+    TAKEN_OVER = "taken over"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,8 @@ class Ledger:
         waiting: Their answers, in order of seq, to be completed and sent when the bin closes.
         answered: Each worker's newest answer.
         refused: Each worker's latest refusals, for pushes that are sent again after newer ones were answered.
+        lineages: Of each worker that went on from a saved state, the incarnations whose pushes are numbered as one row,
+            the newest last.
         bin_began_s: When issuing_bin got its first push.
         quorum_s: When issuing_bin reached its quorum.
         time_to_quorum_s: Running mean of the seconds from a bin's first push to its quorum.
@@ -194,6 +198,7 @@ class Ledger:
     waiting: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
     answered: Mapping[str, Answer] = field(default_factory=dict)
     refused: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
+    lineages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     bin_began_s: float | None = None
     quorum_s: float | None = None
     time_to_quorum_s: float | None = None
@@ -247,6 +252,28 @@ def decide_close(schedule: Schedule, ledger: Ledger, now: float, roster: Roster)
     return _close(schedule, replace(ledger, open_bin=ledger.issuing_bin), now, roster, decision)
 
 
+def without_gone(ledger: Ledger, known: Set[str]) -> Ledger:
+    """Forget what was answered to workers that are not among the known ones, except while they have answers waiting."""
+    kept = known | ledger.waiting.keys()
+    if ledger.answered.keys() | ledger.refused.keys() | ledger.tokens.keys() | ledger.lineages.keys() <= kept:
+        return ledger
+    return replace(
+        ledger,
+        answered={worker: answer for worker, answer in ledger.answered.items() if worker in kept},
+        refused={worker: answers for worker, answers in ledger.refused.items() if worker in kept},
+        tokens={worker: count for worker, count in ledger.tokens.items() if worker in kept},
+        lineages={worker: lineage for worker, lineage in ledger.lineages.items() if worker in kept},
+    )
+
+
+def newest_incarnation_of(ledger: Ledger, worker: str) -> int:
+    """The newest incarnation of a worker that has pushed, or has taken over another's pushes; 0: none."""
+    answered = ledger.answered.get(worker)
+    known = [answer.incarnation for answer in ledger.waiting.get(worker, ())]
+    known += [answered.incarnation] if answered is not None else []
+    return max((*known, *ledger.lineages.get(worker, ())[-1:]), default=0)
+
+
 def next_close_s(schedule: Schedule, ledger: Ledger) -> float | None:
     """When decide_close may find the bin due without any further event; None if only an event can make it so."""
     if schedule.kind is not ScheduleKind.QUORUM or ledger.quorum_s is None:
@@ -259,10 +286,10 @@ def _seen_before(schedule: Schedule, ledger: Ledger, push: PushRequest) -> Decis
     answered = ledger.answered.get(push.worker)
     waiting = ledger.waiting.get(push.worker, ())
     decided = [*waiting, answered] if answered is not None else list(waiting)
-    newest_incarnation = max((answer.incarnation for answer in decided), default=0)
+    newest_incarnation = newest_incarnation_of(ledger, push.worker)
     if push.incarnation < newest_incarnation:
         raise SupersededError(
-            f"worker {push.worker!r} has pushed with a newer incarnation ({newest_incarnation}); "
+            f"worker {push.worker!r} has come with a newer incarnation ({newest_incarnation}); "
             f"this one ({push.incarnation}) must stop"
         )
     newest = max((answer.seq for answer in decided if answer.incarnation == push.incarnation), default=0)

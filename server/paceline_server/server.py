@@ -16,11 +16,14 @@ from paceline_server.buffers import MIB, Buffers, shortage
 from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
+from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
+from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import Recovered
 from paceline_server.storage.snapshotter import Snapshotter
 from paceline_server.storage.store import ShardStore
+from paceline_server.time_watch import watch_time
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
@@ -77,6 +80,7 @@ class ShardServer:
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
             buffers=Buffers(config.exchange.buffer_mib * MIB),
+            evidence=_evidence_keeper(config, index),
         )
         durable = self._store.durable
         self._snapshotter = Snapshotter(self._engine, durable, config) if durable is not None else None
@@ -128,7 +132,7 @@ class ShardServer:
         self._shards.extend(shards)
         await self._store.begin()
         await self._server.start()
-        self._begin(self._engine.watch_time())
+        self._begin(watch_time(self._engine))
         if self._snapshotter is not None:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -178,6 +182,11 @@ class ShardServer:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, self._server)
+
+
+def _evidence_keeper(config: ServerConfig, index: int) -> EvidenceKeeper:
+    data_dir = config.storage.data_dir
+    return NoEvidence() if data_dir is None else EvidenceDirectory(ShardDirectory(data_dir, index).evidence)
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

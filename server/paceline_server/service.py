@@ -7,6 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
@@ -15,9 +16,11 @@ from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
+    NEWEST_INCARNATION_KEY,
     InvalidInputError,
     PacelineError,
     ProtocolVersionError,
+    SupersededError,
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
@@ -35,9 +38,10 @@ async def abort(context: Context, error: PacelineError) -> NoReturn:
     # A traceback holds the frames that the error passed, they hold payloads, and some hold the error: only a garbage
     # collection of everything would free them.
     error.__traceback__ = None
-    await context.abort(
-        grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=((ERROR_METADATA_KEY, type(error).__name__),)
-    )
+    metadata = [(ERROR_METADATA_KEY, type(error).__name__)]
+    if isinstance(error, SupersededError) and error.newest_incarnation is not None:
+        metadata.append((NEWEST_INCARNATION_KEY, str(error.newest_incarnation)))
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=tuple(metadata))
     raise AssertionError("context.abort returned")  # it always raises; this tells the type checker
 
 
@@ -52,8 +56,15 @@ def with_status(
             return await method(self, request, context)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
 
     return translated
+
+
+def unreadable(error: DecodeError) -> InvalidInputError:
+    """What the sender of a stream is told whose message is no message; gRPC would call it an accident of the server."""
+    return InvalidInputError(f"a message is truncated, or no message of the protocol: {error}")
 
 
 class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
@@ -94,6 +105,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             shard_index=shard.index,
             fragment_elements=self._fragment_elements,
             active_workers=len(shard.membership.active),
+            initialization_id=shard.initialization_id if shard.initialized else None,
+            initializing=self._engine.initializing.locked(),
         )
 
     @with_status
@@ -109,8 +122,9 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                     f"the manifest cuts fragments of {manifest.fragment_elements} elements; "
                     f"this run's are {self._fragment_elements}: take them from Describe"
                 )
+            replaces = message.start.replaces if message.start.HasField("replaces") else None
             async with self._engine.initializing:
-                taken = await self._engine.begin_initialization(manifest, message.start.initialization_id)
+                taken = await self._engine.begin_initialization(manifest, message.start.initialization_id, replaces)
                 if taken:
                     await self._take_fragments(request)
             return pb.InitializeResponse(
@@ -149,24 +163,38 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Make the caller an active worker."""
         _require_version(request.protocol_version)
         membership = self._engine.shard.membership
-        known = membership.active
+        known = {member.worker: member.incarnation for member in membership.members}
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
-        if member.worker not in known:
+        # A new incarnation is kept too: after a restart, the one that it superseded must be refused as before.
+        if known.get(member.worker) != member.incarnation:
             _log.info("%s", reason)
             await self._engine.membership_changed()
         return pb.JoinResponse(
             worker_index=member.index,
             lease_ms=round(membership.lease_s * 1000),
+            heartbeat_ms=max(1, round(membership.heartbeat_s * 1000)),
             inner_steps=membership.inner_steps(member.worker),
             active_workers=len(membership.active),
+            progress=await self._progress(request),
         )
+
+    async def _progress(self, request: pb.JoinRequest) -> list[pb.FragmentProgress]:
+        if not request.HasField("previous_incarnation"):
+            return []
+        progress = await self._engine.take_over(
+            request.worker.worker_id, request.previous_incarnation, request.worker.incarnation
+        )
+        return [
+            pb.FragmentProgress(fragment=each.fragment, seq=each.seq, refused=each.refused, superseded=each.superseded)
+            for each in progress
+        ]
 
     @with_status
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:
         """Renew a lease."""
         membership = self._engine.shard.membership
         worker = request.worker.worker_id
-        membership.require(self._engine.clock(), worker, request.worker.incarnation)
+        membership.heartbeat(self._engine.clock(), worker, request.worker.incarnation)
         if request.HasField("inner_step_us"):
             membership.report_speed(worker, request.inner_step_us / 1e6)
         return pb.HeartbeatResponse(inner_steps=membership.inner_steps(worker), active_workers=len(membership.active))
@@ -174,7 +202,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     @with_status
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a membership."""
-        reason = self._engine.shard.membership.leave(request.worker.worker_id, request.worker.incarnation)
+        now_s, worker = self._engine.clock(), request.worker
+        reason = self._engine.shard.membership.leave(now_s, worker.worker_id, worker.incarnation)
         _log.info("%s", reason)
         await self._engine.membership_changed()
         return pb.LeaveResponse()
@@ -208,6 +237,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 self._engine.streams.discard(stream)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 
@@ -221,7 +252,13 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             self._engine.shard.refuse_uninitialized()
             self._engine.refuse_when_full()
             self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
-            return ExchangeStream(self._engine, worker, self._downlink(message.open.downlink), context.write)
+            return ExchangeStream(
+                self._engine,
+                worker,
+                self._downlink(message.open.downlink),
+                context.write,
+                report_received=message.open.report_received,
+            )
         raise InvalidInputError("an exchange stream begins with `open`")
 
     def _downlink(self, asked: pb.Codec.ValueType) -> Codec:

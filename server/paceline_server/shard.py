@@ -3,11 +3,13 @@
 The service (service.py) turns messages into calls of this class and carries out what comes back.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 
 from paceline_server.fragment import FragmentValues
+from paceline_server.guard import Guard, remember
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.ledger import (
     Decision,
@@ -19,6 +21,7 @@ from paceline_server.ledger import (
     decide_close,
     decide_push,
     next_close_s,
+    without_gone,
 )
 from paceline_server.membership import Membership
 from paceline_server.rules.base import OuterRule
@@ -35,6 +38,7 @@ class Counters:
     pushes_applied: int = 0
     pushes_duplicate: int = 0
     pushes_refused: int = 0
+    pushes_outlying: int = 0
     bytes_received: int = 0
     bytes_sent: int = 0
     bins_late_total: int = 0
@@ -50,6 +54,7 @@ class Shard:
         schedule: When bins close and workers are answered.
         membership: The workers.
         correction: What is done to pushes before the rule; None: nothing.
+        guard: What refuses pushes out of all proportion; None: nothing does.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Shard:
         schedule: Schedule,
         membership: Membership,
         correction: DirectionCorrection | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.index = index
         self.num_shards = num_shards
@@ -68,10 +74,12 @@ class Shard:
         self.membership = membership
         self.counters = Counters()
         self.pushes_by_worker: dict[str, int] = {}
+        self.refused_by_worker: dict[str, int] = {}
         self.manifest: Manifest | None = None
         self.initialization_id = 0
         self._rule = rule
         self._correction = correction
+        self._guard = guard
         self._fragments: dict[int, HostedFragment] = {}
         self._without_values: set[int] = set()
 
@@ -85,19 +93,26 @@ class Shard:
         """This shard's fragments by index; empty until the manifest is known."""
         return self._fragments
 
-    def begin_initialization(self, manifest: Manifest, initialization_id: int) -> bool:
-        """Take the manifest of a first upload; False if this shard has its parameters already.
+    def begin_initialization(self, manifest: Manifest, initialization_id: int, replaces: int | None = None) -> bool:
+        """Take the manifest of a first upload; False if this shard has its parameters already, and they stay.
 
         An upload that broke off may be begun again, by anybody and with any manifest, until the last fragment has come.
+        A complete one may be replaced by its name while nothing was pushed: its uploader died before it had reached
+        every shard.
 
         Raises:
             ManifestMismatchError: The run has another manifest; the text names the first difference.
         """
-        if self.initialized:
+        replaced = replaces == self.initialization_id and self._nothing_was_pushed
+        if self.initialized and not replaced:
             self.refuse_other_manifest(manifest)
             return False
         self.take_manifest(manifest, initialization_id)
         return True
+
+    @property
+    def _nothing_was_pushed(self) -> bool:
+        return all(fragment.ledger == Ledger() for fragment in self._fragments.values())
 
     def take_manifest(self, manifest: Manifest, initialization_id: int) -> None:
         """Begin anew with a manifest, whatever was here before."""
@@ -151,7 +166,7 @@ class Shard:
         if hosted.values is not None:
             hosted.values.restore(copy.vectors, copy.meta.open_bin, copy.meta.newest)
         hosted.ledger = copy.meta.ledger
-        hosted.record = copy.meta.record
+        hosted.record, hosted.norms = copy.meta.record, copy.meta.norms
 
     def take_rule(self, rule: OuterRule, correction: DirectionCorrection | None) -> None:
         """Let another outer rule, or other coefficients, take over from here on.
@@ -223,6 +238,10 @@ class Shard:
         """Who counts at this moment."""
         return Roster(active=self.membership.active, most_active=self.membership.most_active)
 
+    def outlier_problem(self, index: int, norm: float) -> str | None:
+        """Why a push of a norm is out of all proportion for a fragment, in a sentence; None if it is not."""
+        return None if self._guard is None else self._guard.problem(index, norm, self._fragments[index].norms)
+
     def decide_push(self, now: float, index: int, push: PushRequest) -> tuple[Decision, Ledger]:
         """Decide about a push; nothing changes until `keep`.
 
@@ -235,10 +254,14 @@ class Shard:
         """Decide whether a fragment's bin closes; nothing changes until `keep`."""
         return decide_close(self.schedule, self._fragments[index].ledger, now, self.roster())
 
-    def keep(self, index: int, decision: Decision, ledger: Ledger, worker: str | None) -> None:
-        """Make a decision the state, and count it; worker is the one whose push it was."""
-        self._fragments[index].ledger = ledger
-        counters = self.counters
+    def keep(
+        self, index: int, decision: Decision, ledger: Ledger, worker: str | None, norm: float | None = None
+    ) -> None:
+        """Make a decision the state, and count it; worker is the one whose push it was, norm the push's, if finite."""
+        fragment, counters = self._fragments[index], self.counters
+        fragment.ledger = ledger
+        if decision.outcome is not Outcome.DUPLICATE:
+            fragment.norms = remember(fragment.norms, norm)
         if decision.outcome is Outcome.DUPLICATE:
             counters.pushes_duplicate += 1
         elif decision.outcome is Outcome.REFUSED:
@@ -247,6 +270,39 @@ class Shard:
             counters.pushes_applied += 1
             counters.bins_late_total += decision.contribution.bins_late
             self.pushes_by_worker[worker] = self.pushes_by_worker.get(worker, 0) + 1
+
+    def note_conduct(self, now: float, push: PushRequest, norm: float | None, decision: Decision) -> str | None:
+        """Note whether a worker's push was usable; if that puts the worker in quarantine, says so in a sentence.
+
+        Args:
+            now: The time.
+            push: The push, with the problem that its content has.
+            norm: Its L2 norm; None if it is not finite.
+            decision: What was decided about it.
+        """
+        quarantine, active = self.membership.quarantine, self.membership.active
+        if decision.contribution is not None:
+            quarantine.note_accepted(push.worker, push.incarnation, push.seq)
+        if decision.outcome is not Outcome.REFUSED or push.problem is None:
+            return None
+        self.refused_by_worker[push.worker] = self.refused_by_worker.get(push.worker, 0) + 1
+        outlying = norm is not None
+        self.counters.pushes_outlying += outlying
+        due = quarantine.note_refused(push.worker, push.incarnation, push.seq)
+        # Where most workers send outliers, it is the measure that is behind; it catches up with what they send.
+        if not due or (outlying and 2 * quarantine.num_refused(active) > len(active)):
+            return None
+        return self.membership.put_in_quarantine(now, push.worker, "out of proportion" if outlying else "not finite")
+
+    def forget_gone(self, now: float, busy: Container[int]) -> None:
+        """Forget workers that have been gone for long, in all fragments but those that an event is about to change."""
+        self.membership.forget_gone(now)
+        known = self.membership.in_ledgers(now)
+        for index, fragment in self._fragments.items():
+            if index not in busy:
+                fragment.ledger = without_gone(fragment.ledger, known)
+        self.pushes_by_worker = {worker: count for worker, count in self.pushes_by_worker.items() if worker in known}
+        self.refused_by_worker = {worker: count for worker, count in self.refused_by_worker.items() if worker in known}
 
     def next_event_s(self) -> float | None:
         """When time alone may next change something: a lease running out, or a quorum's grace passing."""

@@ -1,11 +1,10 @@
 """The open exchange streams of a shard: at most one of each worker, and none of those who are no longer members."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Protocol
 
-from paceline_server.membership import Member
-from paceline_wire.errors import NotAMemberError, PacelineError, SupersededError
+from paceline_wire.errors import PacelineError, SupersededError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 
@@ -45,18 +44,12 @@ class OpenStreams:
         if self._by_worker.get(stream.worker.worker_id) is stream:
             del self._by_worker[stream.worker.worker_id]
 
-    def keep_only(self, members: Iterable[Member]) -> None:
-        """End the streams of all who are not among the members."""
-        if not self._by_worker:
-            return
-        incarnations = {member.worker: member.incarnation for member in members}
-        for worker_id, stream in list(self._by_worker.items()):
-            newest = incarnations.get(worker_id)
-            if newest is None:
-                reason = "it left, or its lease ran out; join again"
-                stream.end(NotAMemberError(f"worker {worker_id!r} is no longer a member: {reason}"))
-            elif newest != stream.worker.incarnation:
-                stream.end(_superseded(stream, newest))
+    def keep_only(self, refusal: Callable[[pb.Worker], PacelineError | None]) -> None:
+        """End the streams of all from whom nothing is taken any more; refusal says why, or None."""
+        for stream in list(self._by_worker.values()):
+            error = refusal(stream.worker)
+            if error is not None:
+                stream.end(error)
 
     async def drain(self) -> None:
         """Drain all of them."""

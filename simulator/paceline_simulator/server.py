@@ -108,7 +108,7 @@ class SimulatedServer:
     def leave(self, now_s: float, worker: str, incarnation: int) -> list[SentUpdate]:
         """End a membership; returns the answers of the bins that nobody waits for any longer."""
         for shard in self.shards:
-            shard.membership.leave(worker, incarnation)
+            shard.membership.leave(now_s, worker, incarnation)
         return self.close_due(now_s)
 
     def expire(self, now_s: float, alive: Sequence[tuple[str, int]]) -> list[SentUpdate]:

@@ -1,6 +1,7 @@
 """A durable server of its own process that can be killed and started again at the same port."""
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -77,8 +78,9 @@ class KillableServer:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for port in range(20_000, 30_000, count):
+    """The first of so many free ports in a row; below those that the system gives out by itself."""
+    for _ in range(1000):
+        port = random.randrange(20_000, 30_000)
         try:
             for each in range(port, port + count):
                 with socket.socket() as probe:

@@ -1,9 +1,10 @@
-"""A TCP proxy that cuts connections after a given number of bytes, holds a direction back, and counts what it did."""
+"""A TCP proxy that cuts connections after a number of bytes, holds or slows a direction, and counts what it did."""
 
 import contextlib
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from types import TracebackType
 from typing import Literal, Self
@@ -11,6 +12,7 @@ from typing import Literal, Self
 from integration.patience import PATIENCE_S
 
 CHUNK_BYTES = 64 * 1024
+SLOW_CHUNK_BYTES = 4 * 1024
 
 Way = Literal["up", "down"]
 """Up is from the client to the server."""
@@ -32,6 +34,8 @@ class Proxy:
         self._changed = threading.Condition()
         self._armed: dict[str, deque[int]] = {"up": deque(), "down": deque()}
         self._held: set[str] = set()
+        self._limits: dict[str, float] = {}
+        self._black_holes: set[tuple[str, tuple[socket.socket, socket.socket]]] = set()
         self._live: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -54,11 +58,21 @@ class Proxy:
         with self._changed:
             self._held.add(way)
 
+    def hold_present(self, way: Way) -> None:
+        """Carry nothing more that way on the connections that there are; new ones are not held."""
+        with self._changed:
+            self._black_holes |= {(way, ends) for ends in self._live}
+
     def release(self, way: Way) -> None:
         """Carry what was held back."""
         with self._changed:
             self._held.discard(way)
             self._changed.notify_all()
+
+    def limit(self, bytes_per_s: float, way: Way) -> None:
+        """Carry no more than so much that way from now on, in small pieces, as a slow link does."""
+        with self._changed:
+            self._limits[way] = bytes_per_s
 
     def wait_until_carried(self, total_bytes: int, way: Way) -> None:
         """Wait until so many bytes have been carried that way in all."""
@@ -77,6 +91,7 @@ class Proxy:
         self._listener.close()
         with self._changed:
             self._held.clear()
+            self._black_holes.clear()
             self._cut_all()
             self._changed.notify_all()
         for thread in self._threads:
@@ -100,15 +115,19 @@ class Proxy:
                 ("down", server, client),
             )
             for way, source, sink in ways:
-                thread = threading.Thread(target=self._carry, args=(way, source, sink), daemon=True)
+                thread = threading.Thread(target=self._carry, args=(way, source, sink, (client, server)), daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
-    def _carry(self, way: Way, source: socket.socket, sink: socket.socket) -> None:
+    def _carry(
+        self, way: Way, source: socket.socket, sink: socket.socket, ends: tuple[socket.socket, socket.socket]
+    ) -> None:
         with contextlib.suppress(OSError):
-            while chunk := source.recv(CHUNK_BYTES):
+            while chunk := source.recv(SLOW_CHUNK_BYTES if way in self._limits else CHUNK_BYTES):
+                if way in self._limits:
+                    time.sleep(len(chunk) / self._limits[way])
                 with self._changed:
-                    self._changed.wait_for(lambda: way not in self._held)
+                    self._changed.wait_for(lambda: way not in self._held and (way, ends) not in self._black_holes)
                     armed = self._armed[way]
                     fires = bool(armed) and armed[0] <= len(chunk)
                     allowed = chunk[: armed[0]] if fires else chunk

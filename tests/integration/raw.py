@@ -71,9 +71,9 @@ class RawWorker:
     ) -> None:
         self._channel.close()
 
-    def join(self, *, version: int = PROTOCOL_VERSION) -> pb.JoinResponse:
-        """Become a member."""
-        request = pb.JoinRequest(protocol_version=version, worker=self.worker)
+    def join(self, *, version: int = PROTOCOL_VERSION, previous: int | None = None) -> pb.JoinResponse:
+        """Become a member; go on from a previous incarnation, if one is given."""
+        request = pb.JoinRequest(protocol_version=version, worker=self.worker, previous_incarnation=previous)
         return self.stub.Join(request, timeout=PATIENCE_S, metadata=self.metadata)
 
     def leave(self) -> None:
@@ -168,6 +168,15 @@ class RawStream:
             data += next(self._call).data
         assert zlib.crc32(data) == first.update.payload.crc32
         return first.update, torch.frombuffer(bytearray(data), dtype=torch.float32)
+
+    def last(self) -> Ended:
+        """Wait for the server to end the stream with an error, whatever it still sends before."""
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError as error:
+            return ended(error)
+        raise AssertionError("the server ended the stream in order")
 
     def end(self) -> Ended:
         """Wait for the server to end the stream with an error."""

@@ -131,6 +131,19 @@ async def test_a_newer_start_of_a_worker_ends_the_older(address: str, client: Cl
         await newer.exchange(gradient(4), base)
 
 
+async def test_a_start_after_the_clock_was_set_back_is_the_newer_one(
+    address: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose clock is behind its last start joins all the same, and the earlier start is superseded."""
+    base = await client.exchange(gradient(1), await client.fetch())
+    monkeypatch.setattr("paceline.session.time.time_ns", lambda: 1)
+    async with paceline.connect(address, worker_id="worker") as newer:
+        base = await newer.exchange(gradient(2), base)
+        with pytest.raises(SupersededError, match="newer incarnation"):
+            await asyncio.wait_for(client.exchange(gradient(3), base), PATIENCE_S)
+        await newer.exchange(gradient(4), base)
+
+
 async def test_outer_gradients_of_any_layout_and_dtype(client: Client) -> None:
     """Strided, expanded, negatively wide or narrow floats: what counts are the values."""
     whole = torch.arange(2.0 * SIZE) % 7 - 3

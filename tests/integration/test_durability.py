@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ import paceline_server
 from integration.killable import KillableServer
 from integration.patience import PATIENCE_S, wait_until, wait_until_async
 from paceline_server.storage.directory import ShardDirectory
+from paceline_wire.errors import SupersededError
 from support_core import normal
 
 SIZE = 3000
@@ -118,6 +120,20 @@ async def test_membership_and_speed_survive(tmp_path: Path) -> None:
             assert set(base.bins.values()) == {2}
 
 
+async def test_a_superseded_incarnation_stays_so(tmp_path: Path) -> None:
+    """A start that superseded another while that was a member is known after a kill: the other is refused still."""
+    with KillableServer(tmp_path, *FLAGS) as server:
+        async with paceline.connect(server.address, worker_id="a") as earlier:
+            await earlier.initialize(START)
+            base = await earlier.exchange(gradient(1), await earlier.fetch())
+            async with paceline.connect(server.address, worker_id="a") as later:
+                await asyncio.to_thread(server.restart)
+                with pytest.raises(SupersededError):
+                    await asyncio.wait_for(earlier.exchange(gradient(2), base), PATIENCE_S)
+                base = await later.exchange(gradient(3), base)
+                assert set(base.bins.values()) == {2}
+
+
 class Line(nn.Module):
     """A model whose loss falls, in a few fragments."""
 
@@ -205,6 +221,11 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         assert (second.returncode, exported.returncode) == (5, 5)
         assert f"is in use by process {server.process.pid}" in second.stderr
         assert f"is in use by process {server.process.pid}" in exported.stderr
+        told = subprocess.run(
+            [sys.executable, "-m", "paceline", "status", server.address, "--json"], stdout=subprocess.PIPE, check=True
+        )
+        storage = json.loads(told.stdout)["shards"][0]["storage"]
+        assert (storage["sync"], storage["newest_record"], storage["snapshots"]) == ("commit", 1, 0)
 
 
 async def test_two_shards_are_killed_and_divided_anew(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 
 import paceline_server
+from integration.patience import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_ROUNDS: Mapping[str, Any] = {"exchange": {"inner_steps": 5, "dynamic_inner_steps": False}}
@@ -63,6 +65,23 @@ def test_two_workers_train_together() -> None:
     assert max(first for first, _ in losses) > 5.4, "close to log(256)"
     assert all(last < 4 for _, last in losses)
     assert all(rounds >= 1 for rounds in numbers(r"after (\d+) rounds", "".join(outputs)))
+
+
+def test_a_killed_worker_resumes(tmp_path: Path) -> None:
+    """resume.py, killed on its way and started again, goes on at its checkpoint and reaches the end."""
+    checkpoint = tmp_path / "worker.pt"
+    with paceline_server.local(SHORT_ROUNDS) as address:
+        arguments = ("--checkpoint", str(checkpoint), "--save-every", "3", "--steps")
+        first = example("resume.py", address, *arguments, "1000000")
+        try:
+            wait_until(checkpoint.exists)
+        finally:
+            first.kill()
+        assert "step 0, round 0" in first.communicate()[0]
+        step = torch.load(checkpoint, weights_only=True)["step"]
+        output = output_of(example("resume.py", address, *arguments, str(step + 10)))
+    assert numbers(r"step (\d+)", output) == [step, step + 10]
+    assert numbers(r"round (\d+)", output) == [step // 5]
 
 
 def test_federated_averaging() -> None:

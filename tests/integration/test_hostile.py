@@ -157,7 +157,7 @@ def test_updates_come_in_no_other_codec(hostile: RawWorker, downlink: int) -> No
 
 
 def test_only_members_push(address: str, hostile: RawWorker) -> None:
-    """Who has not joined, or has left, is told to join."""
+    """Who has not joined is told to join, and who has left that it is over."""
     precondition = grpc.StatusCode.FAILED_PRECONDITION
     with RawWorker(address, "nobody") as nobody, nobody.exchange() as stream:
         expect(stream.end(), "NotAMemberError", precondition, "join again")
@@ -167,7 +167,10 @@ def test_only_members_push(address: str, hostile: RawWorker) -> None:
         nobody.leave()
     hostile.leave()
     with hostile.exchange() as stream:
-        expect(stream.end(), "NotAMemberError", precondition, "join again")
+        expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "has left with this incarnation")
+    with pytest.raises(grpc.RpcError) as refused:
+        hostile.join()
+    expect(ended(refused.value), "SupersededError", grpc.StatusCode.ABORTED, "join as a newer one")
 
 
 def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
@@ -179,7 +182,7 @@ def test_a_membership_that_ends_ends_the_stream(address: str) -> None:
             stream.update()
             raw.leave()
             stream.push(0, 2, 0, torch.ones(FRAGMENT))
-            expect(stream.end(), "NotAMemberError", grpc.StatusCode.FAILED_PRECONDITION, "join again")
+            expect(stream.end(), "SupersededError", grpc.StatusCode.ABORTED, "has left with this incarnation")
 
 
 def test_a_superseded_incarnation_must_stop(address: str) -> None:
@@ -234,6 +237,89 @@ def test_an_oversized_message_ends_its_stream_only(address: str, hostile: RawWor
             expect(other.end(), "InvalidInputError", INVALID, "before any payload")
 
 
+def test_a_push_that_is_cut_off_changes_nothing(address: str) -> None:
+    """A stream that ends, or is abandoned, in the middle of a payload leaves no trace; the push may be sent again."""
+    with RawWorker(address, "cut") as raw:
+        raw.join()
+        base_bin, before = raw.fetch(0)
+        opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=raw.worker))
+        cut_off = raw.stub.Exchange(iter([opening, pushed(data=ONES[:-1])]), timeout=PATIENCE_S)
+        assert list(cut_off) == []
+        with raw.exchange() as stream:
+            stream.send(pushed(data=ONES[:-1]))
+        with raw.exchange() as stream:
+            newest, values = raw.fetch(0)
+            assert newest == base_bin
+            assert torch.equal(values, before)
+            stream.push(0, 1, base_bin, torch.zeros(FRAGMENT))
+            assert not stream.update()[0].HasField("refusal")
+
+
+def test_a_damaged_push_counts_once_when_it_is_sent_again(address: str) -> None:
+    """Damage ends the stream and decides nothing: the same push, whole, is applied on the next one."""
+    with RawWorker(address, "noisy") as raw:
+        raw.join()
+        base_bin, before = raw.fetch(1)
+        with raw.exchange() as stream:
+            stream.send(pushed(fragment=1, base_bin=base_bin, data=ONES[:-1] + b"!"))
+            expect(stream.end(), "DamagedPayloadError", grpc.StatusCode.DATA_LOSS, "damaged on the way")
+        assert torch.equal(raw.fetch(1)[1], before)
+        applied = raw.status().pushes_applied
+        with raw.exchange() as stream:
+            stream.push(1, 1, base_bin, torch.zeros(FRAGMENT))
+            assert not stream.update()[0].HasField("refusal")
+        assert raw.status().pushes_applied == applied + 1
+
+
+def test_a_number_that_was_decided_is_not_decided_again(address: str) -> None:
+    """A push that goes back in the sequence is answered again, whatever it now contains, and changes nothing."""
+    with RawWorker(address, "regressive") as raw:
+        raw.join()
+        base_bin, _ = raw.fetch(1)
+        with raw.exchange() as stream:
+            for seq in (1, 2, 3):
+                stream.push(1, seq, base_bin, torch.zeros(FRAGMENT))
+                base_bin = stream.update()[0].bin
+            decided, before = raw.fetch(1)
+            duplicates = raw.status().pushes_duplicate
+            for seq in (3, 1, 2):
+                stream.push(1, seq, base_bin, torch.full((FRAGMENT,), 1e3))
+                update, values = stream.update()
+                assert update.seq == seq
+                assert torch.equal(values, before)
+            assert raw.status().pushes_duplicate == duplicates + 3
+            assert raw.fetch(1)[0] == decided
+            assert torch.equal(raw.fetch(1)[1], before)
+            stream.push(1, 4, base_bin, torch.zeros(FRAGMENT))
+            assert not stream.update()[0].HasField("refusal")
+
+
+@pytest.mark.parametrize("fragment", [2, (1 << 32) - 1])
+def test_a_fetch_of_what_is_not_there_is_refused(hostile: RawWorker, fragment: int) -> None:
+    """An unknown fragment ends the call with its number, also behind known ones."""
+    request = pb.FetchRequest(fragments=[0, fragment], codec=pb.CODEC_FP32)
+    with pytest.raises(grpc.RpcError) as refused:
+        list(hostile.stub.Fetch(request, timeout=PATIENCE_S))
+    expect(ended(refused.value), "InvalidInputError", INVALID, f"fragment {fragment} does not live on shard 0")
+
+
+def test_a_truncated_message_ends_its_stream_only(address: str, hostile: RawWorker) -> None:
+    """A protobuf message without its last bytes is no message: its stream ends with that, and nothing else."""
+    opening = pb.ExchangeRequest(open=pb.ExchangeOpen(worker=hostile.worker)).SerializeToString()
+    whole = pushed().SerializeToString()
+    with grpc.insecure_channel(address) as channel, RawWorker(address, "beside") as beside:
+        beside.join()
+        path = "/paceline_wire.v1.ParameterServerService/Exchange"
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+        with beside.exchange() as other:
+            for cut in (1, 500, len(whole) - 1):
+                with pytest.raises(grpc.RpcError) as refused:
+                    list(method(iter([opening, whole[:-cut]]), timeout=PATIENCE_S))
+                expect(ended(refused.value), "InvalidInputError", INVALID, "a message is truncated, or no message")
+            other.send(pb.ExchangeRequest(data=b"data"))
+            expect(other.end(), "InvalidInputError", INVALID, "before any payload")
+
+
 def test_bytes_that_are_no_protocol_do_no_harm(address: str, hostile: RawWorker) -> None:
     """Garbage instead of HTTP/2, and garbage instead of messages, end at their own connection or call."""
     host, _, port = address.rpartition(":")
@@ -251,8 +337,9 @@ def test_bytes_that_are_no_protocol_do_no_harm(address: str, hostile: RawWorker)
     with grpc.insecure_channel(address) as channel:
         path = "/paceline_wire.v1.ParameterServerService/Exchange"
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(grpc.RpcError) as refused:
             list(method(iter([b"\xff" * 100]), timeout=PATIENCE_S))
+        expect(ended(refused.value), "InvalidInputError", INVALID, "no message of the protocol")
 
 
 numbers = st.one_of(st.integers(0, 3), st.sampled_from([255, 256, 1 << 31, (1 << 32) - 1]))

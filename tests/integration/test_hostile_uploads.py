@@ -89,6 +89,9 @@ def test_an_upload_that_breaks_the_rules_is_refused_and_may_be_begun_again(addre
             ([start, initialize_fragment(0, torch.full((FRAGMENT,), torch.nan))], "infinite or NaN"),
             ([start, initialize_fragment(0, torch.ones(FRAGMENT + 1))], "was announced"),
             ([start, in_bf16(0)], "first parameters are sent in fp32"),
+            ([start, first, damaged(second)], "damaged on the way"),
+            ([start, first, cut_off(second)], "before every fragment"),
+            ([start, first, cut_off(second), second], "before the one before it was complete"),
             ([start, first, first], "came twice"),
         ]
         for messages, sentence in broken:
@@ -109,6 +112,16 @@ def test_an_upload_that_breaks_the_rules_is_refused_and_may_be_begun_again(addre
         answer = raw.initialize(manifest(), {0: torch.zeros(FRAGMENT), 1: torch.zeros(FRAGMENT)})
         assert answer.already_initialized
         assert torch.equal(raw.fetch(0)[1], VALUES[0])
+
+
+def damaged(fragment: pb.InitializeRequest) -> pb.InitializeRequest:
+    """A fragment one of whose bytes changed on the way."""
+    return pb.InitializeRequest(fragment=fragment.fragment, data=fragment.data[:-1] + b"!")
+
+
+def cut_off(fragment: pb.InitializeRequest) -> pb.InitializeRequest:
+    """A fragment whose last byte is missing."""
+    return pb.InitializeRequest(fragment=fragment.fragment, data=fragment.data[:-1])
 
 
 def in_bf16(fragment: int) -> pb.InitializeRequest:

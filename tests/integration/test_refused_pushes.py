@@ -29,6 +29,7 @@ def config(**exchange: Any) -> dict[str, Any]:
         "outer": {"lr": LR, "momentum": BETA},
         "schedule": {"kind": "barrier", "lease_s": 3600},
         "exchange": {"uplink": "fp32", "downlink": "fp32", "fragment_elements": FRAGMENT, **exchange},
+        "guard": {"quarantine_s": 0},
     }
 
 

@@ -94,7 +94,7 @@ def test_a_worker_whose_lease_ran_out_may_join_again() -> None:
 def test_an_index_is_the_lowest_free_one_and_stays() -> None:
     """A leaver's index goes to the next who joins; nobody else's changes."""
     membership = members("a", "b", "c")
-    membership.leave("b", 1)
+    membership.leave(0.0, "b", 1)
     assert membership.join(1.0, "d", 1)[0].index == 1
     assert membership.join(1.0, "e", 1)[0].index == 3
     assert {member.worker: member.index for member in membership.members} == {"a": 0, "c": 2, "d": 1, "e": 3}
@@ -115,19 +115,20 @@ def test_a_newer_incarnation_supersedes_the_older() -> None:
     for attempt in (membership.require, membership.join):
         with pytest.raises(SupersededError, match="newer incarnation"):
             attempt(1.0, "a", 1)
-    membership.leave("a", 5)
-    with pytest.raises(SupersededError):
+    membership.leave(0.0, "a", 5)
+    with pytest.raises(SupersededError) as refused:
         membership.join(2.0, "a", 4)
+    assert refused.value.newest_incarnation == 5
 
 
 def test_only_the_member_itself_can_leave() -> None:
     """An old incarnation that leaves does not end the new one's membership; leaving twice is not an error."""
     membership = members("a")
     membership.join(1.0, "a", 2)
-    assert "not a member" in membership.leave("a", 1)
+    assert "not a member" in membership.leave(0.0, "a", 1)
     assert membership.active == {"a"}
-    assert "worker a left; 0 active" in membership.leave("a", 2)
-    assert "not a member" in membership.leave("a", 2)
+    assert "worker a left; 0 active" in membership.leave(0.0, "a", 2)
+    assert "not a member" in membership.leave(0.0, "a", 2)
 
 
 @pytest.mark.parametrize("worker", ["", "a b", "a/b", "ü", "a\n", "x" * 129])
@@ -149,10 +150,10 @@ def test_most_active_is_the_highest_count_there_was() -> None:
     """It grows with the active workers and never shrinks; a new incarnation counts no second time."""
     membership = members("a", "b")
     membership.join(0.0, "b", 2)
-    membership.leave("a", 1)
+    membership.leave(0.0, "a", 1)
     membership.join(0.0, "c", 1)
     assert membership.most_active == 2
-    membership.join(0.0, "a", 1)
+    membership.join(0.0, "a", 2)
     membership.expire(1e9)
     assert (len(membership.active), membership.most_active) == (0, 3)
 
@@ -198,7 +199,7 @@ def test_the_fastest_that_is_left_counts() -> None:
     for worker, inner_step_s in (("a", 0.1), ("b", 0.2), ("c", 0.4)):
         membership.report_speed(worker, inner_step_s)
     assert membership.inner_steps("c") == 12
-    membership.leave("a", 1)
+    membership.leave(0.0, "a", 1)
     assert membership.inner_steps("c") == 25
 
 
@@ -237,11 +238,16 @@ class MembershipMachine(RuleBasedStateMachine):
         self.seen_s: dict[str, float] = {}
         self.indexes: dict[str, int] = {}
         self.incarnations: dict[str, int] = {}
+        self.left: set[tuple[str, int]] = set()
 
     @rule(worker=names, newer=st.booleans())
     def join(self, worker: str, newer: bool) -> None:
-        """Let a worker join with its incarnation or the next."""
+        """Let a worker join with its incarnation or the next; the same one does not come back once it has left."""
         incarnation = max(1, self.incarnations.get(worker, 0) + newer)
+        if (worker, incarnation) in self.left:
+            with pytest.raises(SupersededError, match="has left"):
+                self.membership.join(self.now_s, worker, incarnation)
+            return
         member, sentence = self.membership.join(self.now_s, worker, incarnation)
         if worker not in self.indexes:
             self.indexes[worker] = min(set(range(9)) - set(self.indexes.values()))
@@ -257,13 +263,16 @@ class MembershipMachine(RuleBasedStateMachine):
             self.membership.require(self.now_s, worker, self.incarnations[worker])
             self.seen_s[worker] = self.now_s
         else:
-            with pytest.raises(NotAMemberError):
+            gone = (worker, self.incarnations.get(worker, 1)) in self.left
+            with pytest.raises(SupersededError if gone else NotAMemberError):
                 self.membership.require(self.now_s, worker, self.incarnations.get(worker, 1))
 
     @rule(worker=names)
     def leave(self, worker: str) -> None:
         """Let a worker leave, member or not."""
-        self.membership.leave(worker, self.incarnations.get(worker, 1))
+        self.membership.leave(self.now_s, worker, self.incarnations.get(worker, 1))
+        if worker in self.incarnations:
+            self.left.add((worker, self.incarnations[worker]))
         self.seen_s.pop(worker, None)
         self.indexes.pop(worker, None)
 

@@ -59,7 +59,7 @@ def write_snapshot(shard: PlayedShard, between: Callable[[], None] | None = None
         initialization_id=shard.shard.initialization_id,
         time_s=shard.now_s,
         membership_record=number - 1,
-        membership=shard.shard.membership.state(),
+        membership=shard.shard.membership.state(shard.now_s),
         config=kept_config(CONFIG),
     )
     return number

@@ -217,7 +217,7 @@ def test_who_counts_are_the_members() -> None:
         shard.membership.join(0.0, worker, 1)
     assert not push(shard, 0, "a", 1).answers
     assert shard.decide_close(0.0, 0) is None
-    shard.membership.leave("b", 1)
+    shard.membership.leave(0.0, "b", 1)
     decided = shard.decide_close(0.0, 0)
     assert decided is not None
     shard.keep(0, *decided, None)

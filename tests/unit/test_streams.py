@@ -1,6 +1,5 @@
 """Which streams stay open: the newest of each worker, and of members only."""
 
-from paceline_server.membership import Member
 from paceline_server.streams import OpenStreams
 from paceline_wire.errors import NotAMemberError, PacelineError, SupersededError
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -20,11 +19,6 @@ class FakeStream:
     async def drain(self) -> None:
         """End it."""
         self.end(PacelineError("drained"))
-
-
-def member(worker: str, incarnation: int = 1) -> Member:
-    """An active worker."""
-    return Member(worker=worker, incarnation=incarnation, index=0, seen_s=0.0)
 
 
 def test_a_newer_stream_of_a_worker_ends_the_older() -> None:
@@ -47,12 +41,13 @@ def test_a_newer_incarnation_is_named() -> None:
 
 
 def test_only_members_keep_their_streams() -> None:
-    """A lease that ran out ends its stream as one to be opened again, a newer incarnation for good."""
+    """Who is refused loses its stream, and is told why; others keep theirs."""
     streams = OpenStreams()
     staying, expired, superseded = FakeStream("a"), FakeStream("b"), FakeStream("c")
     for stream in (staying, expired, superseded):
         streams.add(stream)
-    streams.keep_only([member("a"), member("c", 2)])
+    reasons = {"b": NotAMemberError("join again"), "c": SupersededError("must stop")}
+    streams.keep_only(lambda worker: reasons.get(worker.worker_id))
     assert not staying.ended
     assert [type(error) for error in expired.ended] == [NotAMemberError]
     assert [type(error) for error in superseded.ended] == [SupersededError]
@@ -67,5 +62,5 @@ async def test_the_end_of_an_older_stream_does_not_hide_the_newer() -> None:
     await streams.drain()
     assert [str(error) for error in newer.ended] == ["drained"]
     streams.discard(newer)
-    streams.keep_only([])
+    streams.keep_only(lambda _: NotAMemberError("join again"))
     assert len(newer.ended) == 1

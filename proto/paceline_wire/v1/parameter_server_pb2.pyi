@@ -437,6 +437,7 @@ class DescribeResponse(_message.Message):
     FRAGMENT_ELEMENTS_FIELD_NUMBER: _builtins.int
     ACTIVE_WORKERS_FIELD_NUMBER: _builtins.int
     INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
+    INITIALIZING_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The shard's protocol version."""
     shard_index: _builtins.int
@@ -449,6 +450,8 @@ class DescribeResponse(_message.Message):
     """The initialization_id whose parameters the shard has, so that a run that was begun anew can be told from this one.
     Absent until the run is initialized on this shard.
     """
+    initializing: _builtins.bool
+    """True while an upload of first parameters to the shard is under way."""
     @_builtins.property
     def configuration(self) -> Global___RunConfiguration:
         """What workers must know of the configuration."""
@@ -472,10 +475,11 @@ class DescribeResponse(_message.Message):
         fragment_elements: _builtins.int = ...,
         active_workers: _builtins.int = ...,
         initialization_id: _builtins.int | None = ...,
+        initializing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "manifest", b"manifest", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__initialization_id: _TypeAlias = _typing.Literal["initialization_id"]  # noqa: Y015
     _WhichOneofArgType__initialization_id: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id"]  # noqa: Y015
@@ -692,8 +696,9 @@ class JoinRequest(_message.Message):
     protocol_version: _builtins.int
     """The caller's protocol version. MUST equal the shard's."""
     previous_incarnation: _builtins.int
-    """The earlier incarnation of this worker whose saved state the caller goes on from; the answer then says how far the
-    shard got with its pushes. MUST be lower than the worker's incarnation. Absent: none.
+    """The earlier incarnation of this worker whose saved state the caller goes on from. The shard counts its pushes as the
+    caller's from then on, and the answer says how far it got with them. MUST be lower than the worker's incarnation,
+    and the caller must not have pushed yet. Absent: none.
     """
     @_builtins.property
     def worker(self) -> Global___Worker:
@@ -718,17 +723,22 @@ Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
 
 @_typing.final
 class FragmentProgress(_message.Message):
-    """How far a shard got with one incarnation's pushes to one fragment."""
+    """How far a shard got with one incarnation's pushes to one fragment. The caller's own pushes go on from there."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FRAGMENT_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment."""
     seq: _builtins.int
-    """The newest push that was decided; all before it were decided too. 0: none."""
+    """The newest push that was decided, by that incarnation or by one that went on from it; all before it were decided
+    too. The caller's first new push has the next number. 0: none.
+    """
+    superseded: _builtins.bool
+    """True when a later incarnation has pushed that did not go on from that one: seq is 0 then, whatever was decided."""
     @_builtins.property
     def refused(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Those of its latest pushes that were refused, ascending."""
@@ -739,10 +749,11 @@ class FragmentProgress(_message.Message):
         fragment: _builtins.int = ...,
         seq: _builtins.int = ...,
         refused: _abc.Iterable[_builtins.int] | None = ...,
+        superseded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fragment", b"fragment", "refused", b"refused", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fragment", b"fragment", "refused", b"refused", "seq", b"seq", "superseded", b"superseded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -989,8 +1000,11 @@ class ExchangeOpen(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     DOWNLINK_FIELD_NUMBER: _builtins.int
+    REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
     downlink: Global___Codec.ValueType
     """How updates are to be written. CODEC_UNSPECIFIED: as the configuration says."""
+    report_received: _builtins.bool
+    """True asks for messages with received_bytes, by which the caller sees that an upload moves."""
     @_builtins.property
     def worker(self) -> Global___Worker:
         """Who pushes. MUST have joined with this incarnation."""
@@ -1000,10 +1014,11 @@ class ExchangeOpen(_message.Message):
         *,
         worker: Global___Worker | None = ...,
         downlink: Global___Codec.ValueType = ...,
+        report_received: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "report_received", b"report_received", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1024,7 +1039,7 @@ class Push(_message.Message):
     fragment: _builtins.int
     """Index of the fragment in the plan; MUST live on this shard."""
     seq: _builtins.int
-    """Counts this incarnation's pushes to this fragment, from 1, without gaps."""
+    """Counts this incarnation's pushes to this fragment, without gaps, from 1 or from where FragmentProgress says."""
     base_bin: _builtins.int
     """The bin of the newest values that the worker held: what its last update or fetch of this fragment said."""
     inner_step_us: _builtins.int
@@ -1167,7 +1182,12 @@ class ExchangeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UPDATE_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    received_bytes: _builtins.int
+    """Payload bytes that have arrived on this stream so far. A message that has it has nothing else, and may come between
+    those of an update. Only for callers that asked for it.
+    """
     data: _builtins.bytes
     """The next bytes of the announced payload."""
     @_builtins.property
@@ -1178,14 +1198,20 @@ class ExchangeResponse(_message.Message):
         self,
         *,
         update: Global___Update | None = ...,
+        received_bytes: _builtins.int | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_update", b"_update", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes", "_update", b"_update", "received_bytes", b"received_bytes", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_update", b"_update", "data", b"data", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes", "_update", b"_update", "data", b"data", "received_bytes", b"received_bytes", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__received_bytes: _TypeAlias = _typing.Literal["received_bytes"]  # noqa: Y015
+    _WhichOneofArgType__received_bytes: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes"]  # noqa: Y015
     _WhichOneofReturnType__update: _TypeAlias = _typing.Literal["update"]  # noqa: Y015
     _WhichOneofArgType__update: _TypeAlias = _typing.Literal["_update", b"_update"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__received_bytes) -> _WhichOneofReturnType__received_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__update) -> _WhichOneofReturnType__update | None: ...
 
 Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015

@@ -111,8 +111,11 @@ class DurableJournal:
         for task in self._tasks:
             task.cancel()
         async with self._using_segment:
-            if self._failed is None:
+            try:
                 await self._in_thread(self._segment.close)
+            except StorageError:
+                if self._failed is None:
+                    raise
         self._thread.shutdown()
 
     def _new_segment(self, first: int) -> SegmentWriter:

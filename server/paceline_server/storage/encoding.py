@@ -49,6 +49,7 @@ class _Decided:
     decision: Decision
     ledger: Ledger
     codec: str | None
+    norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ def write_record(record: Record) -> Written:
             decision=record.decision,
             ledger=record.ledger,
             codec=record.codec,
+            norm=record.norm,
         )
         return Written("decided", _DECIDED.dump_json(said), _bytes_of(record.payload))
     if isinstance(record, MembershipChanged):
@@ -112,6 +114,7 @@ def read_record(written: Written) -> Record:
                 decision=decided.decision,
                 ledger=decided.ledger,
                 codec=decided.codec,
+                norm=decided.norm,
                 payload=None if decided.codec is None else payload_tensor(payload),
             )
         if kind == "membership-changed":

@@ -250,6 +250,7 @@ class _Replay:
             record.decision,
             record.ledger,
             record.push.worker if record.push is not None else None,
+            record.norm,
         )
         hosted.record = number
 

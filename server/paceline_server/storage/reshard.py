@@ -62,7 +62,7 @@ def _fill(shard: Shard, sources: list[Shard], time_s: float) -> None:
     if sources[0].manifest is None:
         return
     shard.take_manifest(sources[0].manifest, sources[0].initialization_id)
-    shard.membership.restore(sources[0].membership.state(), time_s)
+    shard.membership.restore(sources[0].membership.state(time_s), time_s)
     for index, hosted in shard.fragments.items():
         shard.restore_fragment(index, sources[index % len(sources)].fragments[index].copied())
         hosted.record = 0  # the records that it includes belong to another journal

@@ -200,7 +200,9 @@ def read_segment(path: Path, first: int) -> Iterator[tuple[int, Record]]:
             for number, kind, said, payload, crc32 in connection.execute(
                 "SELECT number, kind, said, payload, crc32 FROM records ORDER BY number"
             ):
-                written = Written(str(kind), str(said).encode(), bytes(payload))
+                if not (isinstance(kind, str) and isinstance(said, str) and isinstance(payload, bytes)):
+                    raise DamagedSegmentError(path, good, f"record {number} is not of the form of records")
+                written = Written(kind, said.encode(), payload)
                 if number != good + 1:
                     raise DamagedSegmentError(path, good, f"record {number} follows")
                 if _crc32(written) != crc32:

@@ -144,7 +144,7 @@ class Snapshotter:
         manifest = shard.manifest
         if manifest is None:
             raise StorageError("the run was begun anew while its snapshot was written")
-        record, membership = engine.membership_record, shard.membership.state()
+        record, membership = engine.membership_record, shard.membership.state(engine.clock())
         # What the snapshot includes must be in the journal, or its records' numbers could be given out twice.
         await self._journal.flush()
         await self._in_thread(

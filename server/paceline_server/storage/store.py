@@ -71,7 +71,8 @@ class ShardStore:
         self.clock = RunClock(recovered.time_s if recovered is not None else time.monotonic())
         if recovered is not None:
             # Nobody could renew a lease while the server was away.
-            self.shard.membership.restore(self.shard.membership.state(), self.clock())
+            now_s = self.clock()
+            self.shard.membership.restore(self.shard.membership.state(now_s), now_s)
         kept: Journal = self.durable.journal if self.durable is not None else NoJournal()
         path = config.storage.arrivals
         self.journal = kept if path is None else ArrivalRecorder(kept, path if index == 0 else _numbered(path, index))

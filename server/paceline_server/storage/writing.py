@@ -39,7 +39,7 @@ def write_state(
             initialization_id=shard.initialization_id,
             time_s=time_s,
             membership_record=number - 1,
-            membership=shard.membership.state(),
+            membership=shard.membership.state(time_s),
             config=config,
         )
     except BaseException:

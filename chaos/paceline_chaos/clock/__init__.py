@@ -1,0 +1,1 @@
+"""Holds the module that Python imports at the start of processes whose clock is shifted."""
