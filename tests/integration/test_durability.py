@@ -23,7 +23,7 @@ import paceline_server
 from integration.killable import KillableServer
 from integration.patience import PATIENCE_S, wait_until, wait_until_async
 from paceline_server.storage.directory import ShardDirectory
-from paceline_wire.errors import SupersededError
+from paceline_wire.errors import NotInitializedError, SupersededError
 from support_core import normal
 
 SIZE = 3000
@@ -283,7 +283,7 @@ def fill(balloon: Path) -> None:
         assert error.errno == errno.ENOSPC  # noqa: PT017  # the disk is to be full
 
 
-async def test_a_full_disk_refuses_pushes_until_there_is_room(tmp_path: Path) -> None:
+async def test_a_full_disk_refuses_pushes_until_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With the disk full a push waits, with the reason; with room again it is applied, once, and nothing was lost."""
     with small_disk(tmp_path / "disk", 96), paceline_server.local(CONFIG) as uninterrupted:
         balloon = tmp_path / "disk" / "balloon"
@@ -302,6 +302,9 @@ async def test_a_full_disk_refuses_pushes_until_there_is_room(tmp_path: Path) ->
                 assert not waiting.done()
                 balloon.unlink()
                 base, expected = await waiting, await twin.exchange(gradient(2), expected)
+                told = [record.message for record in caplog.records if "until there is room" in record.message]
+                assert len(told) == len(set(told)) >= 1, "once for each reason, however often it was tried"
+                assert all("has no room" in message for message in told)
                 assert torch.equal(base.tensors["x"], expected.tensors["x"])
                 await asyncio.to_thread(server.restart)
                 after = await worker.fetch("fp32")
@@ -312,3 +315,16 @@ async def warned(client: paceline.Client) -> bool:
     """Whether the server tells that its disk is full."""
     (status,) = await client.statuses()
     return any("has no room" in warning for warning in status.warnings)
+
+
+async def test_a_server_that_lost_the_run_says_so(tmp_path: Path) -> None:
+    """Restarted without its data, a server cannot go on, and the worker is told what happened and what to do."""
+    with KillableServer(tmp_path / "data", *FLAGS) as server:
+        async with paceline.connect(server.address, worker_id="a") as worker:
+            await worker.initialize(START)
+            base = await worker.exchange(gradient(1), await worker.fetch())
+            server.kill()
+            shutil.rmtree(tmp_path / "data")
+            await asyncio.to_thread(server.start)
+            with pytest.raises(NotInitializedError, match=r"has lost this run.* Start it with the run's data_dir"):
+                await worker.exchange(gradient(2), base)
