@@ -229,6 +229,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Serve one worker's pushes and updates."""
         try:
             stream = await self._open(request, context)
+            # Now: an error may end the stream while its first message, which would bring them, is being written.
+            await context.send_initial_metadata(())
             self._engine.streams.add(stream)
             try:
                 with self._engine.buffers.stream():
