@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--die", default="after")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model, step, saved = Model(), 0, None
+    model, step, saved, death = Model(), 0, None, None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if args.checkpoint.exists():
         saved = torch.load(args.checkpoint, weights_only=True)
@@ -65,7 +65,8 @@ def main() -> None:
             if step == args.die_at and args.die == "before":
                 die()
             if step == args.die_at and args.die.startswith("in:"):
-                threading.Timer(float(args.die[3:]), die).start()
+                death = threading.Timer(float(args.die[3:]), die)
+                death.start()
             model.loss(step).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
@@ -76,6 +77,9 @@ def main() -> None:
             temporary = args.checkpoint.with_suffix(".new")
             torch.save({**state, "run": run.state_dict()}, temporary)
             temporary.replace(args.checkpoint)
+            if death is not None and step in {args.die_at + INNER_STEPS, args.steps}:
+                # A machine that is faster than the moment must not get past it.
+                death.join()
 
 
 if __name__ == "__main__":
