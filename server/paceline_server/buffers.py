@@ -12,7 +12,8 @@ Why nobody waits forever:
 2. So that 1 holds, a stream looks whether too many of its updates wait for the link before it asks for a push's room,
    never while it has it. Uploads then never wait for updates with room in their hands.
 3. Room for an update is held until the link has taken it, which needs nothing but a worker that reads. Clients read
-   whatever becomes of their own pushes. An update that waits for room takes the fragment's lock afterwards.
+   whatever becomes of their own pushes. An update that waits for room takes the fragment's lock afterwards, and no
+   update has room while one that waits for it goes before it in the same stream.
 4. A request that is larger than the whole budget is granted when nothing else is held.
 5. A peer that takes or sends no message for STALLED_S while others wait for its room loses its stream.
 """

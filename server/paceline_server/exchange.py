@@ -87,6 +87,7 @@ class ExchangeStream:
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
         self._unsent: asyncio.Queue[tuple[int, Answer, Encoded | None]] = asyncio.Queue()
         self._num_encoded = 0
+        self._num_deferred = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._read_no_more = asyncio.Event()
@@ -138,11 +139,14 @@ class ExchangeStream:
 
     def deliver(self, fragment: int, answer: Answer, update: Encoded | None) -> None:
         """Queue an answer; None: with the values that are the newest when its turn comes and there is room for them."""
+        if update is not None and (self._ended or self._num_deferred):
+            # Behind an answer that waits for room it would keep what that one, or that of another stream, waits for.
+            update.room.release()
+            update = None
         if self._ended:
-            if update is not None:
-                update.room.release()
             return
         self._num_encoded += update is not None
+        self._num_deferred += update is None
         self._unsent.put_nowait((fragment, answer, update))
         if self._unsent.qsize() >= MAX_UNSENT:
             self._has_room.clear()
@@ -229,6 +233,7 @@ class ExchangeStream:
             self._has_room.set()
         if encoded is None:
             answer, encoded = await self._engine.newest(fragment, answer, self.downlink)
+            self._num_deferred -= 1
             self._num_encoded += 1
         try:
             encoded.room.begin_transfer(self._end_stalled)
