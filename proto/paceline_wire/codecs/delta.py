@@ -18,8 +18,8 @@ approached. |w - r| stays bounded for every codec that is a contraction, as all 
 import torch
 
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.whole import decode, encode
-from paceline_wire.errors import CodecError, InvalidInputError
+from paceline_wire.codecs.moves import encode_move, follow_move
+from paceline_wire.codecs.whole import payload_tensor
 
 
 class Reference:
@@ -49,13 +49,9 @@ class Reference:
             InvalidInputError: values are of another shape or type.
             CodecError: The difference, or where it would lead, is not finite. The reference is as before.
         """
-        if values.shape != self._values.shape or values.dtype != self._values.dtype:
-            raise InvalidInputError(
-                f"values {values.dtype} {list(values.shape)} do not belong to "
-                f"a reference {self._values.dtype} {list(self._values.shape)}"
-            )
-        payload = encode(self._codec, values - self._values)
-        self.follow(payload)
+        moved = torch.empty_like(self._values)
+        payload = encode_move(self._codec, values, self._values, moved)
+        self._values = moved
         return payload
 
     def follow(self, payload: bytes | bytearray | memoryview | torch.Tensor) -> None:
@@ -64,7 +60,7 @@ class Reference:
         Raises:
             CodecError: It is no valid encoding of n elements, or leads to infinity. The reference is as before.
         """
-        moved = decode(self._codec, payload, self._values.numel()).add_(self._values)
-        if not bool(moved.isfinite().all()):
-            raise CodecError(f"{self._codec.name}: the difference leads beyond the largest float32")
+        coded = payload if isinstance(payload, torch.Tensor) else payload_tensor(payload)
+        moved = torch.empty_like(self._values)
+        follow_move(self._codec, coded, self._values, moved)
         self._values = moved
