@@ -10,9 +10,10 @@ from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
+from paceline_server.held import Form
 from paceline_server.journal import NoJournal
 from paceline_server.ledger import Answer
-from paceline_server.updates import Encoded
+from paceline_server.updates import Encoded, Written
 from paceline_wire import codecs
 from paceline_wire.manifest import Manifest, TensorSpec
 from paceline_wire.transfer import outgoing
@@ -49,10 +50,10 @@ async def test_an_answer_that_waits_for_room_is_not_kept_waiting_by_the_next() -
     room = engine.buffers.outgoing.try_reserve(4 * ELEMENTS)
     assert room is not None
     answers = [Answer(worker="a", incarnation=1, seq=1, bin=0) for _ in range(NUM_FRAGMENTS)]
+    values = outgoing(FP32, torch.zeros(4 * ELEMENTS, dtype=torch.uint8))
+    written = Written(form=Form(codec=FP32), values=values)
     stream.deliver(0, answers[0], None)
-    stream.deliver(
-        1, answers[1], Encoded(values=outgoing(FP32, torch.zeros(4 * ELEMENTS, dtype=torch.uint8)), room=room)
-    )
+    stream.deliver(1, answers[1], Encoded(written=written, room=room))
     running = asyncio.create_task(stream.run(never()))
     assert [await asyncio.wait_for(sent.get(), 30) for _ in range(NUM_FRAGMENTS)] == [0, 1]
     assert engine.buffers.outgoing.num_waiting == 0

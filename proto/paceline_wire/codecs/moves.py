@@ -71,9 +71,20 @@ def follow_move(
     if finite is None:
         decoded = torch.empty_like(reference)
         codec.decode_range(payload, num_elements, 0, decoded)
-        torch.add(decoded, reference, out=moved)
-        finite = bool(moved.isfinite().all())
-    if not finite:
+        finite_sum(codec, decoded, reference, moved)
+    elif not finite:
+        raise _beyond(codec)
+
+
+def finite_sum(codec: Codec, decoded: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> None:
+    """Write decoded + reference (float32 [n] each) to moved (float32 [n]), which may be one of them.
+
+    Raises:
+        CodecError: A sum is not finite.
+    """
+    torch.add(decoded, reference, out=moved)
+    # aminmax takes a tenth of the time of isfinite().all(), which makes a tensor of booleans first.
+    if moved.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(moved)):
         raise _beyond(codec)
 
 
