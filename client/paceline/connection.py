@@ -42,6 +42,7 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
+_Updates: TypeAlias = "asyncio.Queue[tuple[pb.Update, Assembly]]"
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[Bulk[pb.ExchangeRequest], Bulk[pb.ExchangeResponse]]"
 
 HEARTBEATS_PER_LEASE = 3
@@ -317,7 +318,9 @@ class ShardConnection:
         call: _Call = bulk.method(self._channels[-1], "Exchange")(metadata=self._access.metadata)
         self._to_send = deque(self._unanswered.values())
         self._silence.begin_stream()
-        parts = {asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))}
+        updates: _Updates = asyncio.Queue(maxsize=1)
+        work = (self._send(call), self._receive(call, updates), self._answer_all(updates))
+        parts = {asyncio.create_task(part) for part in work}
         dropped = self._stream_dropped = asyncio.get_running_loop().create_future()
         try:
             done, _ = await asyncio.wait({*parts, dropped}, return_when=asyncio.FIRST_COMPLETED)
@@ -363,7 +366,7 @@ class ShardConnection:
             self._has_work.clear()
             await self._has_work.wait()
 
-    async def _receive(self, call: "_Call") -> None:
+    async def _receive(self, call: "_Call", updates: "_Updates") -> None:
         receiver, announced = Receiver(), None
         try:
             async for message, data in call:
@@ -377,11 +380,16 @@ class ShardConnection:
                 assembly = receiver.add(data)
                 self._silence.received(now_s, more_follows=assembly is None)
                 if assembly is not None and announced is not None:
-                    await self._answer(announced, assembly)
+                    await updates.put((announced, assembly))
                 del data, assembly
         finally:
             # The error that ends a stream holds this frame until a full collection; the payload must not stay as long.
             del receiver, announced
+
+    async def _answer_all(self, updates: "_Updates") -> None:
+        """Answer one update after the other, while those behind it are received."""
+        while True:
+            await self._answer(*await updates.get())
 
     async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
         """Decode an update beside the loop and hand it to whoever waits.

@@ -21,7 +21,7 @@ from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
-from paceline_wire.transfer import Assembly, PieceSize, Receiver, pieces
+from paceline_wire.transfer import Assembly, PieceSize, Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -29,6 +29,10 @@ MAX_PROCESSING = 4
 
 MAX_UNSENT = 4
 """Updates that may wait for the link before the stream stops reading."""
+
+REPORT_S = 0.05
+"""Seconds between reports of what has arrived: soon enough for whoever judges a link, and on a fast one a report for
+each message would cost as much as the messages of the updates."""
 
 
 class _Incoming(NamedTuple):
@@ -41,7 +45,7 @@ class _Incoming(NamedTuple):
 
 
 class Received:
-    """Tells the worker how much has arrived, as often as the link takes it, and never holds up the reading."""
+    """Tells the worker how much has arrived, some times a second, and never holds up the reading."""
 
     def __init__(self, write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]]) -> None:
         self._write = write
@@ -55,11 +59,12 @@ class Received:
             self._more.set()
 
     async def report(self) -> None:
-        """Send the newest count whenever it has grown; runs until cancelled."""
+        """Send the newest count when it has grown; runs until cancelled."""
         while True:
             await self._more.wait()
             self._more.clear()
             await self._write(Bulk(pb.ExchangeResponse(received_bytes=self._num_bytes), b""))
+            await asyncio.sleep(REPORT_S)
 
 
 class ExchangeStream:
@@ -100,6 +105,7 @@ class ExchangeStream:
         self._ended = False
         self._received = Received(self._write_one) if report_received else None
         self._writing = asyncio.Lock()
+        self._piece_size = PieceSize()
 
     async def run(self, messages: AsyncIterator[Bulk[pb.ExchangeRequest]]) -> None:
         """Serve the stream until the worker closes its side.
@@ -266,11 +272,11 @@ class ExchangeStream:
         try:
             encoded.room.begin_transfer(self._end_stalled)
             update = self._update(fragment, answer, encoded.written)
-            size = PieceSize()  # anew: the first message of an update shows on a slow link, too, that it comes
-            for piece in pieces(encoded.written.values.payload, size):
+            for piece in self._piece_size.cut(encoded.written.values.payload):
                 began_s = time.monotonic()
                 await self._write_one(Bulk(pb.ExchangeResponse(update=update), piece))
-                size.observe(time.monotonic() - began_s)
+                if len(piece) == self._piece_size.num_bytes:
+                    self._piece_size.observe(time.monotonic() - began_s)
                 encoded.room.moved()
                 update = None
             self._engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()
