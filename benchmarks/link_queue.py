@@ -57,6 +57,8 @@ class LinkShape:
         """What may wait in front of the link."""
         if self.queue_bytes is not None:
             return self.queue_bytes
+        if self.rate_mbit is None:
+            return math.inf
         return max(self.queue_bdp * self.bytes_per_s * 2 * self.delay_ms / 1e3, SMALLEST_QUEUE_BYTES)
 
 
