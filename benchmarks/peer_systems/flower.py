@@ -59,7 +59,7 @@ def work(setting: Setting, training: Training) -> None:
     )
 
 
-class _Client(flwr.client.NumPyClient):
+class _Client(flwr.client.NumPyClient):  # type: ignore[misc]  # flwr is not in this environment
     def __init__(self, training: Training) -> None:
         self._training = training
         self._rounds = 0

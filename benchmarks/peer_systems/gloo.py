@@ -27,7 +27,7 @@ def work(setting: Setting, training: Training) -> None:
     optimizer = torch.optim.SGD(starts, lr=0.7, momentum=0.9, nesterov=True)
     dtype: torch.dtype = getattr(torch, setting.options["dtype"])
     flat = torch.empty(setting.parameters, dtype=dtype)
-    pieces = flat.split([start.numel() for start in starts])
+    pieces = torch.split(flat, [start.numel() for start in starts])
     for start in starts:
         start.grad = torch.empty_like(start)
     for _ in training.rounds():

@@ -1,4 +1,4 @@
-"""The parameter server that people write by hand: http.server, torch.save both ways in bfloat16, Nesterov on the server.
+"""The parameter server that people write by hand: http.server, torch.save in bfloat16 both ways, outer Nesterov steps.
 
 A round's requests wait for each other. Bodies are loaded with weights_only.
 """
@@ -62,7 +62,7 @@ def coordinate(setting: Setting) -> None:
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_POST(self) -> None:  # noqa: N802  # http.server's name
+        def do_POST(self) -> None:  # http.server's name
             body = self.rfile.read(int(self.headers["Content-Length"]))
             tensors = torch.load(io.BytesIO(body), weights_only=True)
             del body

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import IO, Any
 
 from peer_systems.places import Place, Seat
 from peer_systems.setting import Setting
-from resident import MIB, peak_resident_mib
+from resident import peak_resident_mib
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PORT = 29517
@@ -23,7 +25,7 @@ PORT = 29517
 STOP_S = 10.0
 
 
-class DidNotRun(Exception):
+class DidNotRunError(Exception):
     """A system that could not be measured; the text says why."""
 
 
@@ -45,6 +47,8 @@ class System:
     """Whether the workers speak to each other directly."""
     package: str = "torch"
     """The package whose version tells the system's."""
+    bytes_per_parameter: int = 100
+    """Memory that all its processes together take at most, for each parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +80,13 @@ def measure(system: System, place: Place, load: Load, python: str) -> dict[str, 
         sent_mb, received_mb: For each worker, what the interfaces that it sees sent and received in an outer step.
         worker_cpu_s: CPU seconds of a worker for each outer step, its inner steps included; the mean.
         coordinator_cpu_s: The same of the coordinator and its processes.
-        coordinator_mib, worker_mib: Peak resident memory; of the coordinator, all its processes.
+        coordinator_mib, worker_mib: Peak resident memory of the largest process.
         versions: Of the packages involved.
 
     Raises:
-        DidNotRun: A process failed, or the run took longer than its limit.
+        DidNotRunError: A process failed, the run took longer than its limit, or there is not enough free memory.
     """
+    _require_memory(system, load)
     setting = Setting(
         system=system.module,
         role="coordinator",
@@ -148,6 +153,14 @@ def summary(place: Place, load: Load, exchanges: Sequence[Sequence[Mapping[str, 
     }
 
 
+def _require_memory(system: System, load: Load) -> None:
+    needed_gib = system.bytes_per_parameter * load.parameters / 2**30
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    free_gib = int(found[1]) / 2**20 if found else math.inf
+    if free_gib < needed_gib:
+        raise DidNotRunError(f"needs about {needed_gib:.0f} GiB of memory; {free_gib:.0f} GiB are free")
+
+
 def _as_worker(setting: Setting, rank: int, seat: Seat) -> Setting:
     return replace(setting, role="worker", rank=rank, host=seat.host, interface=seat.interface)
 
@@ -182,11 +195,14 @@ class _Process:
     def __init__(self, python: str, setting: Setting, seat: Seat, limit: _Limit) -> None:
         self._limit = limit
         self._name = f"the {setting.role}" if setting.role == "coordinator" else f"worker {setting.rank}"
-        command = [*seat.prefix, python, "-m", "peer_systems.process", setting.to_json()]
+        command = [python, "-m", "peer_systems.process", setting.to_json()]
         # Paceline's own packages too where they are not installed: what runs is this checkout.
-        paths = [str(BENCHMARKS), *(os.environ.get("PYTHONPATH", "").split(os.pathsep) if python == sys.executable else [])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self._process = subprocess.Popen(
+        paths = [
+            str(BENCHMARKS),
+            *(os.environ.get("PYTHONPATH", "").split(os.pathsep) if python == sys.executable else []),
+        ]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+        self._process = seat.start(
             command,
             env=environment,
             stdin=subprocess.PIPE,
@@ -223,19 +239,19 @@ class _Process:
             if told["event"] == name:
                 return told
         if self._limit.passed:
-            raise DidNotRun("did not finish within its limit")
+            raise DidNotRunError("did not finish within its limit")
         self._process.wait(STOP_S)
         self._listener.join(STOP_S)
         words = next((line for line in reversed(self._last_words) if line.strip()), "no message")
-        raise DidNotRun(f"{self._name} ended with code {self._process.returncode}: {words.strip()[:300]}")
+        raise DidNotRunError(f"{self._name} ended with code {self._process.returncode}: {words.strip()[:300]}")
 
     def cpu_s(self) -> float:
         """CPU seconds of the process and its children so far."""
         return sum(_cpu_s(pid) for pid in self._pids())
 
     def peak_mib(self) -> float:
-        """Peak resident memory of the process and its children, MiB."""
-        return sum(peak_resident_mib(pid) for pid in self._pids())
+        """Peak resident memory of the largest of the process and its children, MiB."""
+        return max(peak_resident_mib(pid) for pid in self._pids())
 
     def _pids(self) -> list[int]:
         pids = [self._process.pid]

@@ -1,6 +1,6 @@
 """The entry point of every process of a measurement: calls one function of one system.
 
-    python -m peer_systems.process '{"system": "gloo", "role": "worker", ...}'
+python -m peer_systems.process '{"system": "gloo", "role": "worker", ...}'
 """
 
 import importlib
@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from peer_systems.setting import Setting
+from peer_systems.training import Training
 
 PACKAGES = ("torch", "torchft", "flwr", "grpcio", "paceline")
 
@@ -21,12 +22,10 @@ def main() -> None:
     system = importlib.import_module(f"peer_systems.{setting.system}")
     if setting.role == "coordinator":
         system.coordinate(setting)
-        return
-    from peer_systems.training import Training
-
-    training = Training(setting)
-    system.work(setting, training)
-    training.report(versions=_versions())
+    else:
+        training = Training(setting)
+        system.work(setting, training)
+        training.report(versions=_versions())
     sys.stdin.readline()  # until its memory has been looked at
 
 

@@ -1,4 +1,4 @@
-"""The parameter server of torch.distributed.rpc's tutorials: bfloat16 both ways over TensorPipe, Nesterov on the server.
+"""The parameter server of torch.distributed.rpc's tutorials: bfloat16 both ways over TensorPipe, outer Nesterov steps.
 
 Between processes of one machine TensorPipe would use shared memory; here it is held to TCP, as between machines.
 """
@@ -64,7 +64,7 @@ def initialize(tensors: list[torch.Tensor]) -> None:
     _state.initialize(tensors)
 
 
-@rpc.functions.async_execution
+@rpc.functions.async_execution  # type: ignore[untyped-decorator]  # torch has no types here
 def exchange(outer_gradient: list[torch.Tensor]) -> "Future[list[torch.Tensor]]":
     """On the server: add an outer gradient to the round; the newest parameters once all have come."""
     return _state.exchange(outer_gradient)
@@ -102,4 +102,5 @@ def _begin(setting: Setting, name: str, rank: int) -> None:
         _transports=["uv"],
         _channels=["basic"],
     )
-    rpc.init_rpc(name, rank=rank, world_size=1 + setting.workers, rpc_backend_options=options)
+    world_size = 1 + setting.workers
+    rpc.init_rpc(name, rank=rank, world_size=world_size, rpc_backend_options=options)  # type: ignore[no-untyped-call]

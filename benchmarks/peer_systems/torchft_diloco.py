@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=10)
 def coordinate(setting: Setting) -> None:
     """Run the lighthouse."""
     lighthouse = LighthouseServer(
-        bind=f"0.0.0.0:{setting.port}",  # noqa: S104  # in a namespace, or on a machine of one's own
+        bind=f"0.0.0.0:{setting.port}",  # in a namespace, or on a machine of one's own
         min_replicas=setting.workers,
         join_timeout_ms=60_000,
     )
@@ -39,7 +39,7 @@ def coordinate(setting: Setting) -> None:
 def work(setting: Setting, training: Training) -> None:
     """Make all rounds of one worker."""
     os.environ["GLOO_SOCKET_IFNAME"] = setting.interface
-    store = dist.TCPStore(setting.host, 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(setting.host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # it has
     manager = Manager(
         pg=ProcessGroupGloo(timeout=TIMEOUT),
         load_state_dict=lambda _: None,

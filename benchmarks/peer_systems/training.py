@@ -2,7 +2,7 @@
 
 An inner step adds noise to the parameters. Where it lasts a stated time, it changes one tensor and sleeps for the rest:
 a GPU's host is idle as well. What is recorded of each round is when its exchange began and ended, on the clock that all
-processes of a machine share, the bytes that had passed the network interfaces of this process's namespace, and its CPU seconds.
+processes of a machine share, the bytes that had passed the network interface by then, and the process's CPU seconds.
 """
 
 import json
@@ -99,7 +99,7 @@ class Training:
     def exchange_ends(self) -> None:
         """Record that the exchange has ended."""
         self._exchanges[-1]["ended_s"] = time.monotonic()
-        received, sent = interface_bytes()
+        received, sent = interface_bytes(self._setting.interface)
         self._exchanges[-1] |= {"received": received, "sent": sent, "cpu_s": time.process_time()}
         event = {self._setting.warm_up: "warm", self.num_rounds: "last"}.get(len(self._exchanges))
         if event is not None:
@@ -110,8 +110,11 @@ class Training:
         print(json.dumps({"event": "done", "exchanges": self._exchanges, **more}), flush=True)
 
 
-def interface_bytes() -> tuple[int, int]:
-    """Bytes received and sent by all interfaces of this process's network namespace, headers included."""
-    lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
-    counters = [line.split(":")[1].split() for line in lines]
-    return sum(int(each[0]) for each in counters), sum(int(each[8]) for each in counters)
+def interface_bytes(name: str) -> tuple[int, int]:
+    """Bytes received and sent by an interface of this process's network namespace, headers included."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        interface, _, counters = line.partition(":")
+        if interface.strip() == name:
+            fields = counters.split()
+            return int(fields[0]), int(fields[8])
+    raise RuntimeError(f"this process has no network interface {name}")
