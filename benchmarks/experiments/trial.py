@@ -226,7 +226,6 @@ def _simulation(trial: Trial, task: Task, evaluate_every_s: float | None = None)
         seed=trial.seed,
         overlap=Overlap(trial.overlap),
         downlink=trial.downlink_delta,
-        deltas=trial.downlink_delta is not None,
         error_feedback=trial.error_feedback,
         evaluate_every_s=evaluate_every_s,
     )

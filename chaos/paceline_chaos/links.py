@@ -6,13 +6,12 @@ promises, as a faulty middlebox does: the peers must notice, end the connection,
 
 import asyncio
 import random
-import socket
-import struct
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
-from types import TracebackType
-from typing import Self
+from typing import Any
 
+from paceline.forwarding import End, ForwardedPort
 from paceline_chaos.payloads import PayloadFinder
 
 CHUNK_BYTES = 64 * 1024
@@ -80,7 +79,7 @@ class ActiveFault:
         self.fired.set()
 
 
-class FaultyLink:
+class FaultyLink(ForwardedPort):
     """A listening port on loopback that leads to a shard; a context manager. Belongs to one event loop.
 
     At most one fault a direction is on at a time.
@@ -93,20 +92,15 @@ class FaultyLink:
 
     def __init__(self, target: str, *, seed: int, encrypted: bool = False) -> None:
         host, _, port = target.rpartition(":")
-        self.num_accepted = 0
-        self._target = (host.strip("[]"), int(port))
+        super().__init__(host.strip("[]"), int(port), CHUNK_BYTES)
         self._rng = random.Random(seed)  # noqa: S311  # not for secrets
         self._encrypted = encrypted
         self._faults: dict[Way, ActiveFault] = {}
-        self._live: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
-        self._server: asyncio.Server | None = None
 
     @property
     def address(self) -> str:
         """Where the worker connects, while the link is entered."""
-        if self._server is None:
-            raise RuntimeError("the link isn't listening: use it as `async with FaultyLink(...) as link`")
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"127.0.0.1:{self.port}"
 
     def begin(self, fault: ActiveFault) -> ActiveFault:
         """Switch a fault on; one that happens once does at the next bytes that it can hit."""
@@ -119,53 +113,8 @@ class FaultyLink:
             del self._faults[fault.way]
         fault.over.set()
 
-    def cut(self) -> int:
-        """Reset every live connection at both ends; returns how many."""
-        cut, self._live = self._live, {}
-        for task, writers in cut.items():
-            for writer in writers:
-                _reset(writer)
-            task.cancel()
-        return len(cut)
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=CHUNK_BYTES)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        tasks = list(self._live)
-        self.cut()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:  # accepted while the link was being left
-            _reset(writer)
-            return
-        self.num_accepted += 1
-        writers = [writer]
-        self._live[asyncio.create_task(self._carry(reader, writers))] = writers
-
-    async def _carry(self, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]) -> None:
-        """Carry one connection until both ends have half-closed, or one is lost."""
-        try:
-            target_reader, target_writer = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
-            writers.append(target_writer)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(Way.UP, reader, target_writer))
-                group.create_task(self._pump(Way.DOWN, target_reader, writers[0]))
-            for writer in writers:
-                writer.close()
-        except* OSError:
-            for writer in writers:
-                _reset(writer)
-        finally:
-            if (task := asyncio.current_task()) is not None:
-                self._live.pop(task, None)
+    def _ways(self, near: End, far: End) -> tuple[Coroutine[Any, Any, None], Coroutine[Any, Any, None]]:
+        return self._pump(Way.UP, near.reader, far.writer), self._pump(Way.DOWN, far.reader, near.writer)
 
     async def _pump(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         finder = PayloadFinder(from_client=way is Way.UP)
@@ -232,11 +181,3 @@ class FaultyLink:
     def _happened(self, fault: ActiveFault, num_bytes: int) -> None:
         fault.touch(num_bytes)
         self.end(fault)
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """Drop a connection with a TCP reset, so that its peer sees an error and not an orderly end."""
-    if not writer.transport.is_closing():
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()

@@ -92,7 +92,8 @@ class Client:
         """The current parameters.
 
         Args:
-            codec: How they are sent, "fp32" for every bit; None: as the server says for updates.
+            codec: How they are sent, "fp32" for every bit; None: as the server says for updates, "bf16" where these are
+                differences.
 
         Raises:
             NotInitializedError: The run has none yet.
@@ -100,7 +101,7 @@ class Client:
         """
         manifest = await self._known_manifest()
         base = _empty_base(manifest)
-        fetched = await self._session.fetch_all(codecs.codec(codec) if codec else self._downlink)
+        fetched = await self._session.fetch_all(codecs.codec(codec) if codec else codecs.whole_codec(self._downlink))
         for fragment, (values, newest_bin) in zip(manifest.fragments, fetched, strict=True):
             base.bins[fragment.index] = newest_bin
             await in_codec_thread(scatter, fragment, values, base.tensors)

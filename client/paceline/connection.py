@@ -21,6 +21,7 @@ import grpc
 from paceline.calls import CALL_S, called
 from paceline.channels import EXCHANGE_PING_S, Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
+from paceline.held import Held, follow
 from paceline.silence import Silence
 from paceline.worker import ReceivedUpdate
 from paceline.worker_state import Progress
@@ -97,6 +98,7 @@ class ShardConnection:
         self._channels = [access.channel(target, EXCHANGE_PING_S)]
         self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
         self._unanswered: dict[tuple[int, int], _Unanswered] = {}
+        self._held: dict[int, Held] = {}
         self._to_send: deque[_Unanswered] = deque()
         self._has_work = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -342,6 +344,7 @@ class ShardConnection:
         while True:
             while self._to_send:
                 push = self._to_send.popleft().push
+                held = self._held.get(push.fragment)
                 announced: pb.Push | None = pb.Push(
                     fragment=push.fragment,
                     seq=push.seq,
@@ -349,6 +352,7 @@ class ShardConnection:
                     payload=push.outer_gradient.announced,
                     inner_step_us=self._inner_step_us(),
                     tokens=push.tokens,
+                    held_version=None if held is None else held.version,
                 )
                 for piece in pieces(push.outer_gradient.payload, self._silence.piece_size):
                     self._silence.wrote(time.monotonic(), len(piece))
@@ -378,20 +382,28 @@ class ShardConnection:
             del receiver, announced
 
     async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
-        """Decode an update beside the loop and hand it to whoever waits; a second answer to one push is dropped."""
-        unanswered = self._unanswered.get((announced.fragment, announced.seq))
-        if unanswered is None or unanswered.update.done():
+        """Decode an update beside the loop and hand it to whoever waits.
+
+        A second answer to one push is dropped, unless later ones will be differences to it.
+        """
+        fragment = announced.fragment
+        unanswered = self._unanswered.get((fragment, announced.seq))
+        if (unanswered is None or unanswered.update.done()) and not announced.HasField("version"):
+            self._held.pop(fragment, None)
             return
-        payload = assembly.payload()
-        num_values, num_momentum = self._sizes(announced.fragment)
-        numbers = await in_codec_thread(codecs.decode, assembly.codec, payload, num_values + num_momentum)
+        payload, sizes = assembly.payload(), self._sizes(fragment)
+        # Nothing is held while it is followed: if that fails, the next stream names nothing.
+        held = self._held.pop(fragment, None)
+        followed = await in_codec_thread(follow, announced, assembly.codec, payload, sizes, held)
+        if followed.held is not None:
+            self._held[fragment] = followed.held
         self._answered_on_stream = True
-        if unanswered.update.done():
+        if unanswered is None or unanswered.update.done():
             return
         unanswered.update.set_result(
             ReceivedUpdate(
-                values=numbers[:num_values],
-                server_momentum=numbers[num_values:] if num_momentum else None,
+                values=followed.values,
+                server_momentum=followed.behind if sizes[1] else None,
                 bin=announced.bin,
                 bins_late=announced.bins_late,
                 refusal=announced.refusal if announced.HasField("refusal") else None,

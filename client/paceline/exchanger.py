@@ -140,7 +140,7 @@ class Exchanger:
             settings,
             manifest,
             tensors,
-            self._wait_for(session.fetch_all(self._downlink)),
+            self._wait_for(session.fetch_all(codecs.whole_codec(self._downlink))),
             inner_steps=first.inner_steps,
             num_workers=session.configuration.schedule.quota or first.active_workers,
         )
@@ -201,7 +201,7 @@ class Exchanger:
             initialization_id=session.initialization_id,
         )
         progress = self._wait_for(session.take_over(saved.incarnation))
-        bases = self._wait_for(session.fetch_all(self._downlink))
+        bases = self._wait_for(session.fetch_all(codecs.whole_codec(self._downlink)))
         stale = staleness(saved, progress)
         if stale is not None:
             _log.warning(

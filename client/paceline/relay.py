@@ -8,15 +8,15 @@ The demo puts one in front of every worker, and tests use it to break connection
 import asyncio
 import contextlib
 import json
-import socket
-import struct
 import sys
 import threading
 from collections import deque
-from types import TracebackType
-from typing import Self
+from collections.abc import Coroutine
+from typing import Any
 
 import click
+
+from paceline.forwarding import End, ForwardedPort
 
 CHUNK_BYTES = 16 * 1024
 """The most that is read at once: small enough that a slow link delivers smoothly (6 ms at 20 Mbit/s)."""
@@ -101,7 +101,7 @@ class Pipe:
                 self._changed.notify_all()
 
 
-class Relay:
+class Relay(ForwardedPort):
     """A listening port on loopback whose connections reach the target over an emulated link.
 
     Up is from whoever connects to the target, down is back; each direction has the whole rate to itself, and all
@@ -136,20 +136,9 @@ class Relay:
             raise ValueError(f"delay_s must not be negative: {delay_s}")
         if bytes_per_s is not None and bytes_per_s <= 0:
             raise ValueError(f"bytes_per_s must be positive: {bytes_per_s}")
+        super().__init__(target_host, target_port, CHUNK_BYTES)
         self.up = Direction(delay_s, bytes_per_s)
         self.down = Direction(delay_s, bytes_per_s)
-        self.num_accepted = 0
-        self._target = (target_host, target_port)
-        self._server: asyncio.Server | None = None
-        self._live: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
-
-    @property
-    def port(self) -> int:
-        """The loopback port to connect to, while the relay is entered."""
-        if self._server is None:
-            raise RuntimeError("the relay isn't listening: use it as `async with Relay(...) as relay`")
-        port: int = self._server.sockets[0].getsockname()[1]
-        return port
 
     @property
     def bytes_up(self) -> int:
@@ -161,66 +150,8 @@ class Relay:
         """Bytes delivered back from the target so far."""
         return self.down.bytes_delivered
 
-    def cut(self) -> int:
-        """Reset every live connection at both ends, losing what is under way; new ones are accepted as before.
-
-        Returns:
-            How many connections were cut.
-        """
-        cut, self._live = self._live, {}
-        for task, writers in cut.items():
-            for writer in writers:
-                _reset(writer)
-            task.cancel()
-        return len(cut)
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=CHUNK_BYTES)
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        tasks = list(self._live)
-        self.cut()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._server is None:  # accepted while the relay was being left
-            _reset(writer)
-            return
-        self.num_accepted += 1
-        # A task of our own: a stream server would log the one that it makes of a coroutine when `cut` cancels it.
-        writers = [writer]
-        self._live[asyncio.create_task(self._carry(reader, writers))] = writers
-
-    async def _carry(self, reader: asyncio.StreamReader, writers: list[asyncio.StreamWriter]) -> None:
-        """Carry one connection's bytes until both ends have half-closed or one is lost."""
-        try:
-            target_reader, target_writer = await asyncio.open_connection(*self._target, limit=CHUNK_BYTES)
-            writers.append(target_writer)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(Pipe(self.up, reader, target_writer).run())
-                group.create_task(Pipe(self.down, target_reader, writers[0]).run())
-            for writer in writers:
-                writer.close()
-        except* OSError:  # one side is gone, or never was there: tell the other the same way
-            for writer in writers:
-                _reset(writer)
-        finally:
-            if (task := asyncio.current_task()) is not None:
-                self._live.pop(task, None)
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """Drop a connection with a TCP reset, so that its peer sees an error and not an orderly end."""
-    if not writer.transport.is_closing():
-        connection = writer.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    def _ways(self, near: End, far: End) -> tuple[Coroutine[Any, Any, None], Coroutine[Any, Any, None]]:
+        return Pipe(self.up, near.reader, far.writer).run(), Pipe(self.down, far.reader, near.writer).run()
 
 
 @click.command(help="Put emulated links in front of TARGET and print their ports as JSON; ends when stdin does.")

@@ -243,7 +243,7 @@ def largest_payload_bytes(config: ServerConfig) -> int:
     return max(
         codecs.codec("fp32").encoded_bytes(elements),
         codecs.codec(exchange.uplink).encoded_bytes(pushed),
-        codecs.codec(exchange.downlink).encoded_bytes(updated),
+        codecs.whole_codec(codecs.codec(exchange.downlink)).encoded_bytes(updated),
     )
 
 

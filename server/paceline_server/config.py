@@ -25,6 +25,9 @@ MAX_FRAGMENT_ELEMENTS = 1 << 24
 DEFAULT_BUFFER_MIB = 512
 """Holds for 58 workers; with 32 of them, 18 updates of the default fragment in bf16 and 70 pushes in int4 at once."""
 
+DEFAULT_REFERENCE_MIB = 4096
+"""What 10 workers hold of 100 million parameters."""
+
 MAX_BUFFER_MIB = 1 << 20
 """A TiB."""
 
@@ -87,7 +90,12 @@ class ExchangeConfig(Section):
         default="int4",
         description="Codec of pushes, worker to server; topk sends 64 of every 4096 elements in 2 bits.",
     )
-    downlink: Literal["fp32", "bf16"] = Field(default="bf16", description="Codec of updates, server to worker.")
+    downlink: Literal["fp32", "bf16", "int8", "int4"] = Field(
+        default="bf16",
+        description="Codec of updates, server to worker. fp32 and bf16 send the values; int8 and int4 their difference "
+        "to what the worker holds, so that nothing of them is lost in the long run. For that a shard keeps what each "
+        "worker holds, 4 bytes per parameter.",
+    )
     fragment_elements: int = Field(
         default=4_194_304,
         ge=BLOCK_ELEMENTS,
@@ -126,13 +134,14 @@ class ExchangeConfig(Section):
         "connected worker, and the rest, but at least a quarter, for pushes and updates under way, which wait for each "
         "other's room. At least twice the largest payload.",
     )
-
-    @field_validator("downlink", mode="before")
-    @classmethod
-    def _downlink_is_not_quantized(cls, downlink: object) -> object:
-        if downlink in ("int8", "int4"):
-            raise ValueError("quantized downlinks need delta updates, which this version does not have; use bf16")
-        return downlink
+    reference_mib: int = Field(
+        default=DEFAULT_REFERENCE_MIB,
+        ge=0,
+        le=MAX_BUFFER_MIB,
+        description="MiB that a shard may take, with downlink = 'int8' or 'int4', for what workers hold: 4 bytes per "
+        "parameter of the shard and worker. Beyond that, what workers without a connection hold is dropped, and "
+        "where there are none, the others' updates are sent whole, in bf16.",
+    )
 
     @field_validator("own_weight", mode="before")
     @classmethod

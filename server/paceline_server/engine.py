@@ -7,8 +7,10 @@ halfway leaves nothing half done.
 """
 
 import asyncio
+import itertools
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 
 from paceline_server.buffers import MIB, Buffers
-from paceline_server.config import DEFAULT_BUFFER_MIB
+from paceline_server.config import DEFAULT_BUFFER_MIB, DEFAULT_REFERENCE_MIB
 from paceline_server.evidence import EvidenceKeeper, NoEvidence
 from paceline_server.guard import checked_norm, median_of
+from paceline_server.held import Form, Holdings
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, answer_with_newest
@@ -31,7 +34,7 @@ from paceline_server.shard import Shard
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.streams import OpenStreams
 from paceline_server.takeover import Progress, take_over
-from paceline_server.updates import Encoded, Recipient, rooms_for, share_of
+from paceline_server.updates import Encoded, Recipient, Written, rooms_for, share_of, write
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
@@ -43,7 +46,6 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
-from paceline_wire.transfer import Outgoing, outgoing
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Engine:
     Attributes:
         shard: Its state.
         clock: Seconds that only grow.
+        holdings: What workers hold, where their updates are differences to it.
         warning: What the operator should know of the settings; None if they suit the workers.
         failed: Why the shard must end, once it must.
         replay_s: Processor seconds that replaying what was decided since the newest snapshot would take.
@@ -69,6 +72,7 @@ class Engine:
         send_momentum: Whether updates of parameters carry the outer momentum behind the values.
         watch: What looks whether the settings suit the workers; None: nothing.
         buffers: What payloads under way may take; None: the default of exchange.buffer_mib.
+        holdings: Keeps what workers hold; None: as much as is the default of exchange.reference_mib.
         evidence: Where pushes go that were refused for what they contained; None: nowhere.
     """
 
@@ -81,10 +85,12 @@ class Engine:
         send_momentum: bool = False,
         watch: StabilityWatch | None = None,
         buffers: Buffers | None = None,
+        holdings: Holdings | None = None,
         evidence: EvidenceKeeper | None = None,
     ) -> None:
         self.shard = shard
         self.buffers = buffers or Buffers(DEFAULT_BUFFER_MIB * MIB)
+        self.holdings = holdings or Holdings(DEFAULT_REFERENCE_MIB * MIB)
         self.streams = OpenStreams()
         self._newest = NewestValues(self.buffers.outgoing, self._encode_newest)
         self.clock = clock
@@ -97,6 +103,8 @@ class Engine:
         self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
+        # What a worker names after this shard was restarted must not be mistaken for anything that is held now.
+        self._versions = itertools.count(secrets.randbits(63))
         self._locks = {index: asyncio.Lock() for index in shard.fragments}
         self._initializing = asyncio.Lock()
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
@@ -207,31 +215,31 @@ class Engine:
             NotInitializedError: The shard's parameters are not complete.
             InvalidInputError: The fragment does not live here.
         """
-        ledger, encoded = await self._newest.get(self._wanted(index, codec, with_momentum=False))
+        ledger, encoded = await self._newest.get(self._wanted(index, Form(codec=codec), with_momentum=False))
         return ledger.issuing_bin, encoded
 
-    async def newest(self, index: int, answer: Answer, codec: Codec) -> tuple[Answer, Encoded]:
+    async def newest(self, index: int, answer: Answer, form: Form) -> tuple[Answer, Encoded]:
         """What an answer is now that was decided when the buffer had no room for its values; waits for room.
 
         Raises:
             InvalidInputError: The fragment does not live here.
         """
         with_momentum = self._with_momentum(self.shard.hosted(index)[0])
-        ledger, encoded = await self._newest.get(self._wanted(index, codec, with_momentum=with_momentum))
+        ledger, encoded = await self._newest.get(self._wanted(index, form, with_momentum=with_momentum))
         return answer_with_newest(self.shard.schedule, ledger, answer), encoded
 
-    def _wanted(self, index: int, codec: Codec, *, with_momentum: bool) -> Wanted:
+    def _wanted(self, index: int, form: Form, *, with_momentum: bool) -> Wanted:
         num_elements = self.shard.hosted(index)[1].num_elements * (2 if with_momentum else 1)
-        return Wanted(fragment=index, codec=codec, num_elements=num_elements, with_momentum=with_momentum)
+        return Wanted(fragment=index, form=form, num_elements=num_elements, with_momentum=with_momentum)
 
-    async def _encode_newest(self, wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Outgoing]:
+    async def _encode_newest(self, wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Written]:
         fragment, values = self.shard.hosted(wanted.fragment)
         async with self._locks[wanted.fragment]:
             begun()
-            encoded = await self._in_thread(
-                lambda: outgoing(wanted.codec, values.encoded(wanted.codec, with_momentum=wanted.with_momentum))
+            written = await self._in_thread(
+                lambda: write(values, wanted.form, self._versions, with_momentum=wanted.with_momentum)
             )
-            return fragment.ledger, encoded
+            return fragment.ledger, written
 
     def forget(self, recipient: Recipient) -> None:
         """Send nothing more to a recipient whose stream has ended."""
@@ -282,8 +290,11 @@ class Engine:
         self.shard.forget_gone(self.clock(), busy)
 
     def end_streams_of_others(self) -> None:
-        """End the streams of all who are no longer members."""
+        """End the streams of all who are no longer members, and drop what those hold that have none."""
         self.streams.keep_only(self._refusal)
+        self.holdings.keep_only(
+            lambda worker, incarnation: self._refusal(pb.Worker(worker_id=worker, incarnation=incarnation)) is None
+        )
 
     async def finish(self) -> None:
         """Wait for the events that have begun, and end the journal and the threads."""
@@ -371,9 +382,6 @@ class Engine:
         """Change the numbers, keep the decision, tell those who are to be answered. The fragment's lock is held."""
         fragment, values = self.shard.hosted(index)
         with_momentum = self._with_momentum(fragment)
-        recipients = [
-            (answer, self._recipients.get((answer.worker, answer.incarnation, index))) for answer in decision.answers
-        ]
         contributing = push if decision.contribution is not None else None
         record = Decided(
             fragment=index,
@@ -387,24 +395,35 @@ class Engine:
         )
         number = fragment.record if decision.outcome is Outcome.DUPLICATE else await self._append(record)
         num_elements = values.num_elements * (2 if with_momentum else 1)
-        present = [recipient for _, recipient in recipients if recipient is not None]
+        recipients = self._recipients_of(index, decision)
+        present = [(recipient, form) for _, recipient, form in recipients]
         rooms = rooms_for(self.buffers.outgoing, present, num_elements)
         try:
-            followed_s, encoded = await self._in_thread(
-                lambda: follow_and_encode(values, decision, contributing, set(rooms), with_momentum=with_momentum)
+            followed_s, written = await self._in_thread(
+                lambda: follow_and_encode(
+                    values, decision, contributing, set(rooms), self._versions, with_momentum=with_momentum
+                )
             )
             self.replay_s += followed_s
             self.shard.keep(index, decision, ledger, push.request.worker if push is not None else None, record.norm)
             fragment.record = number
-            for answer, recipient in recipients:
-                if recipient is not None:
-                    recipient.deliver(index, answer, share_of(encoded, rooms, recipient.downlink))
+            for answer, recipient, form in recipients:
+                recipient.deliver(index, answer, share_of(written, rooms, form))
         except Exception as error:
             self._fail(f"fragment {index} could not follow record {number}: {error!r}")
             raise
         finally:
             for room in rooms.values():
                 room.release()
+
+    def _recipients_of(self, index: int, decision: Decision) -> list[tuple[Answer, Recipient, Form]]:
+        """Who is to be answered, and how each answer is to be written."""
+        streams = [self._recipients.get((answer.worker, answer.incarnation, index)) for answer in decision.answers]
+        return [
+            (answer, stream, stream.form(index))
+            for answer, stream in zip(decision.answers, streams, strict=True)
+            if stream is not None
+        ]
 
     def _with_momentum(self, fragment: HostedFragment) -> bool:
         return self._send_momentum and fragment.plan.role == "parameter"

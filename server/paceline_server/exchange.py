@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from paceline_server.buffers import STALLED_S, Room
 from paceline_server.engine import Engine
+from paceline_server.held import Form, Holding
 from paceline_server.ledger import Answer, PushRequest
 from paceline_server.received import ReceivedPush
-from paceline_server.updates import Encoded
+from paceline_server.updates import Encoded, Written
+from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
 from paceline_wire.transfer import Assembly, PieceSize, Receiver, pieces
@@ -33,6 +35,7 @@ class _Incoming(NamedTuple):
 
     fragment: int
     request: PushRequest
+    held_version: int | None
     room: Room
 
 
@@ -79,11 +82,12 @@ class ExchangeStream:
         report_received: bool = False,
     ) -> None:
         self.worker = worker
-        self.downlink = downlink
+        self._downlink = downlink
         self._engine = engine
         self._write = write
         self._receiver = Receiver()
         self._incoming: _Incoming | None = None
+        self._holding: Holding | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
         self._unsent: asyncio.Queue[tuple[int, Answer, Encoded | None]] = asyncio.Queue()
         self._num_encoded = 0
@@ -102,6 +106,8 @@ class ExchangeStream:
         Raises:
             PacelineError: The worker sent something that ends the stream, or the server stops; the text says what.
         """
+        if self._downlink.name in DIFFERENCE_CODECS:
+            self._holding = self._engine.holdings.begin(self.worker.worker_id, self.worker.incarnation)
         reading = asyncio.create_task(self._read(messages))
         sending = asyncio.create_task(self._send())
         parts: set[asyncio.Future[None]] = {reading, sending, self._end}
@@ -132,6 +138,12 @@ class ExchangeStream:
         if not self._end.done():
             self._end.set_exception(error)
 
+    def form(self, fragment: int) -> Form:
+        """How the next update of a fragment is to be written."""
+        if self._holding is None:
+            return Form(codec=self._downlink)
+        return self._holding.form(fragment, self._downlink, self._engine.shard.plan_of(fragment).num_elements)
+
     @property
     def has_values_waiting(self) -> bool:
         """Whether an update waits here with its values, or is being sent."""
@@ -139,17 +151,27 @@ class ExchangeStream:
 
     def deliver(self, fragment: int, answer: Answer, update: Encoded | None) -> None:
         """Queue an answer; None: with the values that are the newest when its turn comes and there is room for them."""
-        if update is not None and (self._ended or self._num_deferred):
+        if update is not None and (self._ended or self._num_deferred or not self._follows(fragment, update.written)):
             # Behind an answer that waits for room it would keep what that one, or that of another stream, waits for.
             update.room.release()
             update = None
         if self._ended:
             return
+        if update is not None:
+            self._hold(fragment, update.written)
         self._num_encoded += update is not None
         self._num_deferred += update is None
         self._unsent.put_nowait((fragment, answer, update))
         if self._unsent.qsize() >= MAX_UNSENT:
             self._has_room.clear()
+
+    def _follows(self, fragment: int, written: Written) -> bool:
+        """Whether an update can be queued now: what the worker holds may have moved while it was written."""
+        return self._holding is None or self._holding.held(fragment) is written.form.since
+
+    def _hold(self, fragment: int, written: Written) -> None:
+        if self._holding is not None:
+            self._holding.keep(fragment, written.held)
 
     async def _read(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
         async for message in messages:
@@ -178,7 +200,8 @@ class ExchangeStream:
         await self._has_room.wait()
         room = await self._engine.buffers.incoming.reserve(num_bytes)
         room.begin_transfer(self._end_stalled)
-        self._incoming = _Incoming(push.fragment, request, room)
+        held_version = push.held_version if push.HasField("held_version") else None
+        self._incoming = _Incoming(push.fragment, request, held_version, room)
         self._receiver.begin(push.payload, num_elements)
 
     async def _take(self, data: bytes) -> None:
@@ -199,6 +222,8 @@ class ExchangeStream:
         if self._read_no_more.is_set():
             self._processing.release()
             return
+        if self._holding is not None:
+            self._holding.name(incoming.fragment, incoming.held_version)
         push = ReceivedPush(
             fragment=incoming.fragment,
             request=incoming.request,
@@ -232,20 +257,21 @@ class ExchangeStream:
         if self._unsent.qsize() < MAX_UNSENT:
             self._has_room.set()
         if encoded is None:
-            answer, encoded = await self._engine.newest(fragment, answer, self.downlink)
+            answer, encoded = await self._engine.newest(fragment, answer, self.form(fragment))
+            self._hold(fragment, encoded.written)
             self._num_deferred -= 1
             self._num_encoded += 1
         try:
             encoded.room.begin_transfer(self._end_stalled)
-            update = self._update(fragment, answer, encoded.values.announced)
+            update = self._update(fragment, answer, encoded.written)
             size = PieceSize()  # anew: the first message of an update shows on a slow link, too, that it comes
-            for piece in pieces(encoded.values.payload, size):
+            for piece in pieces(encoded.written.values.payload, size):
                 began_s = time.monotonic()
                 await self._write_one(pb.ExchangeResponse(update=update, data=piece))
                 size.observe(time.monotonic() - began_s)
                 encoded.room.moved()
                 update = None
-            self._engine.shard.counters.bytes_sent += encoded.values.payload.numel()
+            self._engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()
         finally:
             encoded.room.release()
             self._num_encoded -= 1
@@ -266,6 +292,8 @@ class ExchangeStream:
             self._incoming.room.release()
             self._incoming = None
         self._receiver = Receiver()
+        if self._holding is not None:
+            self._holding.end()
         while not self._unsent.empty():
             update = self._unsent.get_nowait()[2]
             self._unsent.task_done()
@@ -274,7 +302,7 @@ class ExchangeStream:
         if not self._end.cancel() and not self._end.cancelled():
             self._end.exception()  # seen, should another part have ended the stream before it
 
-    def _update(self, fragment: int, answer: Answer, announced: pb.Payload) -> pb.Update | None:
+    def _update(self, fragment: int, answer: Answer, written: Written) -> pb.Update | None:
         shard = self._engine.shard
         lr, momentum = shard.coefficients(fragment)
         return pb.Update(
@@ -285,7 +313,10 @@ class ExchangeStream:
             refusal=answer.refusal,
             inner_steps=shard.membership.inner_steps(answer.worker),
             quota=shard.schedule.quota or max(1, len(shard.membership.active)),
-            payload=announced,
+            payload=written.values.announced,
             lr=lr,
             momentum=momentum,
+            difference_to=written.form.since.version if written.form.since is not None else None,
+            version=written.held.version if written.held is not None else None,
+            values_crc32=written.values_crc32,
         )

@@ -47,12 +47,12 @@ async def _send_fragment(engine: Engine, index: int, codec: Codec, write: Write,
     try:
         encoded.room.begin_transfer(end)
         announced: pb.FetchedFragment | None = pb.FetchedFragment(
-            fragment=index, bin=newest_bin, payload=encoded.values.announced
+            fragment=index, bin=newest_bin, payload=encoded.written.values.announced
         )
-        for piece in pieces(encoded.values.payload):
+        for piece in pieces(encoded.written.values.payload):
             await write(pb.FetchResponse(fragment=announced, data=piece))
             encoded.room.moved()
             announced = None
-        engine.shard.counters.bytes_sent += encoded.values.payload.numel()
+        engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()
     finally:
         encoded.room.release()

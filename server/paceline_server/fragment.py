@@ -7,8 +7,10 @@ import torch
 from paceline_server.ledger import Decision
 from paceline_server.rules.base import Contribution, Numbers, OuterRule
 from paceline_server.rules.heloco import DirectionCorrection
+from paceline_server.rules.ordered_momentum import OrderedMomentum
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
+from paceline_wire.codecs.compiled import CompiledCodec, MomentumStep
 from paceline_wire.errors import StorageError
 
 PIECE_ELEMENTS = 256 * 1024
@@ -101,17 +103,18 @@ class FragmentValues:
         """
         opened_before = self._next_bins(decision.bins_opened_before)
         opened_after = self._next_bins(decision.bins_opened_after)
-        push = decision.contribution
+        push, done = decision.contribution, 0
         if not (opened_before or push or opened_after):
             return
         if push is None:
-            gradients: Iterator[torch.Tensor | None] = (None for _ in self._pieces())
+            gradients: Iterator[torch.Tensor | None] = (None for _ in self._pieces(done))
         elif codec is None or payload is None:
             raise ValueError("a decision with a contribution needs the push that contributes")
         else:
-            gradients = self._decoded(codec, payload)
+            done = self._followed_compiled(codec, payload, opened_before, push, opened_after)
+            gradients = self._decoded(codec, payload, done)
             self.newest = push
-        for piece, g in zip(self._pieces(), gradients, strict=True):
+        for piece, g in zip(self._pieces(done), gradients, strict=True):
             numbers = Numbers(w=self.w[piece], state={name: vector[piece] for name, vector in self.state.items()})
             for opened in opened_before:
                 self._rule.open_bin(numbers, opened)
@@ -147,15 +150,31 @@ class FragmentValues:
         self.open_bin += count
         return opened
 
-    def _pieces(self) -> Iterator[slice]:
-        for start in range(0, self.num_elements, PIECE_ELEMENTS):
+    def _followed_compiled(
+        self, codec: Codec, payload: torch.Tensor, before: range, push: Contribution, after: range
+    ) -> int:
+        """Do all that a decision says in one pass where there are loops for it; how many elements are done."""
+        if not (isinstance(codec, CompiledCodec) and type(self._rule) is OrderedMomentum and self._correction is None):
+            return 0
+        u_rate, w_rate = self._rule.entering(push)
+        momentum = self._rule.rates.momentum
+        step = MomentumStep(
+            before=[momentum(opened) for opened in before],
+            u_rate=u_rate,
+            w_rate=w_rate,
+            after=[momentum(opened) for opened in after],
+        )
+        return codec.step(payload, self.w, self.state["u"], step)
+
+    def _pieces(self, first: int) -> Iterator[slice]:
+        for start in range(first, self.num_elements, PIECE_ELEMENTS):
             yield slice(start, min(start + PIECE_ELEMENTS, self.num_elements))
 
-    def _decoded(self, codec: Codec, payload: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The push, piece by piece; each may be overwritten, and is good until the next is asked for."""
+    def _decoded(self, codec: Codec, payload: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
+        """The push from an element on, in pieces; each may be overwritten, and is good until the next is asked for."""
         if self._correction is None and not self._rule.local_momentum:
             scratch = torch.empty(min(PIECE_ELEMENTS, self.num_elements))
-            for piece in self._pieces():
+            for piece in self._pieces(first):
                 g = scratch[: piece.stop - piece.start]
                 codec.decode_range(payload, self.num_elements, piece.start, g)
                 yield g
@@ -165,5 +184,5 @@ class FragmentValues:
         if self._correction is not None:
             self._correction.correct(whole[: self.num_elements], self.momentum, self._tensor_bounds)
         halves = whole.view(2, -1) if self._rule.local_momentum else whole
-        for piece in self._pieces():
+        for piece in self._pieces(first):
             yield halves[..., piece]

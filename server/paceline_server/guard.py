@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline_server.fragment import PIECE_ELEMENTS
-from paceline_wire.codecs import Bf16Codec, Fp32Codec
+from paceline_wire.codecs import squares
 from paceline_wire.codecs.base import Codec
 
 REMEMBERED_NORMS = 64
@@ -19,6 +18,9 @@ REMEMBERED_NORMS = 64
 
 ENOUGH_NORMS = 8
 """Norms that must be known before any push is called an outlier."""
+
+_JUDGED_BY_NORM = frozenset({"fp32", "bf16"})
+# Their numbers stand by themselves: any bytes can be decoded, and the norm tells whether all are finite.
 
 SPREAD = 8.0
 """Median absolute deviations of the norms' logarithms that are always allowed: five standard deviations, if normal."""
@@ -73,23 +75,15 @@ def median_of(recent: tuple[float, ...]) -> float | None:
 
 
 def checked_norm(codec: Codec, payload: torch.Tensor, num_elements: int) -> float:
-    """The L2 norm of a push (uint8 [m]), which is decoded piece by piece and not kept.
-
-    Squares are summed as float64, which holds those of any float32: the norm of a payload that passes is finite.
+    """The L2 norm of a push (uint8 [m]), finite, to the bit that `paceline_wire.codecs.squares` says.
 
     Raises:
         CodecError: The payload is not the finite encoding of num_elements elements.
     """
-    # Where every number stands by itself, any bytes can be decoded, and the norm tells whether all are finite.
-    checked = num_elements == 0 or not isinstance(codec, Fp32Codec | Bf16Codec)
-    if checked:
+    if codec.name not in _JUDGED_BY_NORM:
         codec.check(payload, num_elements)
-    scratch = torch.empty(min(PIECE_ELEMENTS, num_elements))
-    squares = 0.0
-    for start in range(0, num_elements, PIECE_ELEMENTS):
-        piece = scratch[: min(PIECE_ELEMENTS, num_elements - start)]
-        codec.decode_range(payload, num_elements, start, piece)
-        squares += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
-    if not checked and not math.isfinite(squares):
+        return squares.norm(codec, payload, num_elements)
+    norm = squares.norm(codec, payload, num_elements)
+    if not math.isfinite(norm):
         codec.check(payload, num_elements)
-    return math.sqrt(squares)
+    return norm

@@ -5,10 +5,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from paceline_server.buffers import BufferBudget, Room
+from paceline_server.held import Form
 from paceline_server.ledger import Ledger
-from paceline_server.updates import Encoded
-from paceline_wire.codecs.base import Codec
-from paceline_wire.transfer import Outgoing
+from paceline_server.updates import Encoded, Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +16,18 @@ class Wanted:
 
     Attributes:
         fragment: The fragment's index.
-        codec: How.
+        form: How.
         num_elements: Elements that the encoding has.
         with_momentum: Whether the momentum follows the values.
     """
 
     fragment: int
-    codec: Codec
+    form: Form
     num_elements: int
     with_momentum: bool
 
 
-Encode = Callable[[Wanted, Callable[[], None]], Awaitable[tuple[Ledger, Outgoing]]]
+Encode = Callable[[Wanted, Callable[[], None]], Awaitable[tuple[Ledger, Written]]]
 """Encodes the values of this moment, with the ledger that belongs to them; calls back when the moment has come."""
 
 
@@ -36,7 +35,7 @@ Encode = Callable[[Wanted, Callable[[], None]], Awaitable[tuple[Ledger, Outgoing
 class _Encoding:
     """One encoding that is waited for, and by how many."""
 
-    work: "asyncio.Task[tuple[Ledger, Outgoing, Room]]"
+    work: "asyncio.Task[tuple[Ledger, Written, Room]]"
     num_waiting: int = 0
 
 
@@ -63,21 +62,21 @@ class NewestValues:
             encoding = self._not_begun[wanted] = _Encoding(asyncio.create_task(self._work(wanted)))
         encoding.num_waiting += 1
         try:
-            ledger, values, room = await asyncio.shield(encoding.work)
-            return ledger, Encoded(values=values, room=room.share())
+            ledger, written, room = await asyncio.shield(encoding.work)
+            return ledger, Encoded(written=written, room=room.share())
         finally:
             encoding.num_waiting -= 1
             if encoding.num_waiting == 0:
                 self._end(wanted, encoding)
 
-    async def _work(self, wanted: Wanted) -> tuple[Ledger, Outgoing, Room]:
-        room = await self._budget.reserve(wanted.codec.encoded_bytes(wanted.num_elements))
+    async def _work(self, wanted: Wanted) -> tuple[Ledger, Written, Room]:
+        room = await self._budget.reserve(wanted.form.codec.encoded_bytes(wanted.num_elements))
         try:
-            ledger, values = await self._encode(wanted, lambda: self._begun(wanted))
+            ledger, written = await self._encode(wanted, lambda: self._begun(wanted))
         except BaseException:
             room.release()
             raise
-        return ledger, values, room
+        return ledger, written, room
 
     def _begun(self, wanted: Wanted) -> None:
         self._not_begun.pop(wanted, None)

@@ -1,6 +1,7 @@
 """A push that has arrived whole: what becomes of its numbers, and what is kept of it if it is refused."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +9,10 @@ import torch
 from paceline_server.buffers import Room
 from paceline_server.evidence import Evidence
 from paceline_server.fragment import FragmentValues
+from paceline_server.held import Form
 from paceline_server.ledger import Decision, PushRequest
+from paceline_server.updates import Written, write
 from paceline_wire.codecs.base import Codec
-from paceline_wire.transfer import Outgoing, outgoing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,15 @@ def follow_and_encode(
     values: FragmentValues,
     decision: Decision,
     push: ReceivedPush | None,
-    downlinks: set[Codec],
+    forms: set[Form],
+    versions: Iterator[int],
     *,
     with_momentum: bool,
-) -> tuple[float, dict[Codec, Outgoing]]:
-    """Change the numbers as decided, then write them in every codec that is asked for.
+) -> tuple[float, dict[Form, Written]]:
+    """Change the numbers as decided, then write them in every form that is due; versions name what is held then.
 
     Returns:
-        The processor seconds that the change took, and the values by codec.
+        The processor seconds that the change took, and the values by form.
     """
     began_s = time.thread_time()
     if push is None:
@@ -68,6 +71,4 @@ def follow_and_encode(
     else:
         values.follow(decision, push.codec, push.payload)
     followed_s = time.thread_time() - began_s
-    return followed_s, {
-        codec: outgoing(codec, values.encoded(codec, with_momentum=with_momentum)) for codec in downlinks
-    }
+    return followed_s, {form: write(values, form, versions, with_momentum=with_momentum) for form in forms}

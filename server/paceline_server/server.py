@@ -17,6 +17,7 @@ from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
+from paceline_server.held import Holdings
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.storage.directory import ShardDirectory
@@ -80,6 +81,7 @@ class ShardServer:
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
             buffers=Buffers(config.exchange.buffer_mib * MIB),
+            holdings=Holdings(config.exchange.reference_mib * MIB),
             evidence=_evidence_keeper(config, index),
         )
         durable = self._store.durable

@@ -13,6 +13,7 @@ from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
 from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
@@ -30,6 +31,10 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response")
+
+WHOLE_CODECS = ("fp32", "bf16")
+"""Names of the codecs in which values are sent as they are."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -213,7 +218,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     ) -> None:
         """Send current values, fragment by fragment."""
         try:
-            codec = self._downlink(request.codec)
+            codec = self._whole(request.codec)
             self._engine.shard.refuse_uninitialized()
             fragments = request.fragments or sorted(self._engine.shard.fragments)
             with self._engine.buffers.stream():
@@ -265,8 +270,19 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
 
     def _downlink(self, asked: pb.Codec.ValueType) -> Codec:
         codec = codecs.codec_of_wire(asked or self._configuration.exchange.downlink)
-        if codec.name not in ("fp32", "bf16"):
-            raise InvalidInputError(f"updates cannot be written in {codec.name}; this version sends fp32 or bf16")
+        if codec.name not in (*WHOLE_CODECS, *DIFFERENCE_CODECS):
+            names = ", ".join((*WHOLE_CODECS, *DIFFERENCE_CODECS))
+            raise InvalidInputError(f"updates cannot be written in {codec.name}; this version sends {names}")
+        return codec
+
+    def _whole(self, asked: pb.Codec.ValueType) -> Codec:
+        if not asked:
+            return codecs.whole_codec(self._downlink(asked))
+        codec = codecs.codec_of_wire(asked)
+        if codec.name not in WHOLE_CODECS:
+            raise InvalidInputError(
+                f"values cannot be fetched in {codec.name}, which is for differences; fetch {' or '.join(WHOLE_CODECS)}"
+            )
         return codec
 
 

@@ -8,7 +8,6 @@ import torch
 from paceline_server.fragment import FragmentValues
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.delta import Reference
 
 
 class Served(NamedTuple):
@@ -71,31 +70,45 @@ class WholeDownlink:
 class DeltaDownlink:
     """The change since what the worker holds, in a codec; what the codec loses is part of the next change.
 
+    As from a real shard, what a worker fetches and its first answer are the values themselves in `codecs.whole_codec`,
+    and changes are since that answer.
+
     Args:
         codec: How changes are written.
     """
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._held: dict[tuple[int, int], Reference] = {}
+        self._whole = WholeDownlink(codecs.codec("bf16"))
+        self._held: dict[tuple[int, int], torch.Tensor] = {}
 
     def first(self, worker: int, fragment: int, values: FragmentValues) -> torch.Tensor:
-        """The values in every bit: they are what changes refer to."""
-        held = Reference(self._codec, values.published().clone())
-        self._held[worker, fragment] = held
-        return held.values
+        """The values; changes do not refer to them."""
+        self._held.pop((worker, fragment), None)
+        return self._whole.first(worker, fragment, values)
 
     def served(
         self, workers: Sequence[int], fragment: int, values: FragmentValues, *, with_momentum: bool
     ) -> Sequence[Served]:
-        """What each worker holds after its change; the momentum is sent whole."""
-        momentum = None
-        if with_momentum:
-            momentum = codecs.decode(self._codec, codecs.encode(self._codec, values.momentum), values.num_elements)
-        return [self._changed(self._held[worker, fragment], values, momentum) for worker in workers]
+        """What each worker holds after its change; the momentum behind it is no change. Worked out once for equals."""
+        known: dict[int | None, Served] = {}
+        served = []
+        for worker in workers:
+            held = self._held.get((worker, fragment))
+            key = None if held is None else id(held)
+            if key not in known:
+                known[key] = self._served(held, fragment, values, with_momentum=with_momentum)
+            self._held[worker, fragment] = known[key].values
+            served.append(known[key])
+        return served
 
-    def _changed(self, held: Reference, values: FragmentValues, momentum: torch.Tensor | None) -> Served:
-        num_bytes = held.encode(values.published()).numel()
+    def _served(
+        self, held: torch.Tensor | None, fragment: int, values: FragmentValues, *, with_momentum: bool
+    ) -> Served:
+        if held is None:
+            return self._whole.served([0], fragment, values, with_momentum=with_momentum)[0]
+        momentum = values.momentum if with_momentum else None
+        payload, moved = codecs.difference(self._codec, values.published(), held, momentum)
         if momentum is not None:
-            num_bytes += self._codec.encoded_bytes(values.num_elements)
-        return Served(held.values, momentum, num_bytes)
+            momentum = codecs.decode(self._codec, payload, 2 * values.num_elements)[values.num_elements :]
+        return Served(moved, momentum, payload.numel())

@@ -43,9 +43,9 @@ class Simulation:
         seed: Decides jitter, and nothing else: batches are the task's.
         overlap: What workers do while a push is under way.
         uplink: Codec of pushes; None: as the configuration says.
-        downlink: Codec of updates; None: as the configuration says.
+        downlink: Codec of updates; None: as the configuration says. Other ones than fp32 and bf16 write them as changes
+            of what the worker holds.
         error_feedback: Whether what the uplink's codec loses is added to the next push.
-        deltas: Whether updates are written as changes of what the worker holds.
         weigh_tokens: Whether pushes say how many tokens they stand for.
         evaluate_every_s: Virtual seconds between looks at the parameters; None: only at the beginning and the end of
             each `run`.
@@ -67,7 +67,6 @@ class Simulation:
         uplink: str | None = None,
         downlink: str | None = None,
         error_feedback: bool = True,
-        deltas: bool = False,
         weigh_tokens: bool = False,
         evaluate_every_s: float | None = None,
         arrival_order: Sequence[Arrival] | None = None,
@@ -94,7 +93,7 @@ class Simulation:
             self._manifest,
             first,
             self._settings.uplink,
-            DeltaDownlink(codec) if deltas else WholeDownlink(codec),
+            WholeDownlink(codec) if codec.name in ("fp32", "bf16") else DeltaDownlink(codec),
             names,
         )
         self._lease_s = config.schedule.lease_s

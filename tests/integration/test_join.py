@@ -279,7 +279,7 @@ def test_workers_have_numbers_and_names(address: str) -> None:
         ({"overlap": "sometimes"}, "overlap 'sometimes' is not one of eager, delayed, blocking"),
         ({"inner_steps": 0}, "inner_steps is 0; it must be at least 1"),
         ({"uplink": "int3"}, "there is no codec 'int3'"),
-        ({"downlink": "int8"}, "updates cannot be written in int8"),
+        ({"downlink": "fp4"}, "fp4, which is for differences"),
         ({"worker_id": "a b"}, "worker_id 'a b' is not allowed"),
     ],
 )

@@ -19,9 +19,9 @@ from paceline_simulator import ModuleTask, Result, Simulation, WorkerSpec, read_
 INNER_STEPS, ROUNDS = 3, 6
 
 
-def config(kind: str, workers: int, arrivals: Path, *, lossy: bool = False, **outer: Any) -> dict[str, Any]:
+def config(kind: str, workers: int, arrivals: Path, *, downlink: str = "fp32", **outer: Any) -> dict[str, Any]:
     """A run of several fragments that writes down in which order pushes arrive."""
-    codecs = {"uplink": "int4", "downlink": "bf16"} if lossy else {"uplink": "fp32", "downlink": "fp32"}
+    codecs = {"uplink": "fp32" if downlink == "fp32" else "int4", "downlink": downlink}
     return {
         "outer": {"lr": 0.7, "momentum": 0.8, **outer},
         "schedule": {"kind": kind, "quota": workers},
@@ -109,17 +109,17 @@ def assert_same_bits(expected: dict[str, torch.Tensor], result: Result) -> None:
         assert torch.equal(expected[name], tensor), name
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-def test_a_barrier_of_two_has_the_same_bits(lossy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("downlink", ["fp32", "bf16", "int8"])
+def test_a_barrier_of_two_has_the_same_bits(downlink: str, tmp_path: Path) -> None:
     """Two workers that wait for each other, through every codec's rounding and feedback."""
-    run_config = config("barrier", 2, tmp_path / "arrivals", lossy=lossy)
+    run_config = config("barrier", 2, tmp_path / "arrivals", downlink=downlink)
     expected = trained(run_config, 2)
     assert_same_bits(expected, simulated(run_config, 2, tmp_path / "arrivals"))
 
 
 def test_one_asynchronous_worker_has_the_same_bits_without_a_record(tmp_path: Path) -> None:
     """With one worker there is only one order."""
-    run_config = config("async", 1, tmp_path / "arrivals", lossy=True)
+    run_config = config("async", 1, tmp_path / "arrivals", downlink="bf16")
     expected = trained(run_config, 1)
     (tmp_path / "none").touch()
     assert_same_bits(expected, simulated(run_config, 1, tmp_path / "none"))
@@ -128,7 +128,7 @@ def test_one_asynchronous_worker_has_the_same_bits_without_a_record(tmp_path: Pa
 def test_a_recorded_asynchronous_run_is_played_again_with_the_same_bits(tmp_path: Path) -> None:
     """Three workers in whatever order the machine let them in; bins and lateness come out as they were, too."""
     path = tmp_path / "arrivals"
-    run_config = config("async", 3, path)
+    run_config = config("async", 3, path, downlink="int4")
     expected = trained(run_config, 3)
     result, recorded = simulated(run_config, 3, path), read_arrivals(path)
     assert_same_bits(expected, result)

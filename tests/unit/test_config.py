@@ -65,7 +65,7 @@ class TestModel:
         assert (config.host, config.port, config.shards, config.advertise_host) == ("127.0.0.1", 7070, 1, "")
         assert (config.outer.rule, config.outer.lr, config.outer.momentum) == ("ormo", 0.7, 0.5)
         assert tuple(config.schedule.model_dump().values()) == ("async", None, None, 30.0)
-        assert tuple(config.exchange.model_dump().values()) == ("int4", "bf16", 4_194_304, 50, True, "1", 1, 512)
+        assert tuple(config.exchange.model_dump().values()) == ("int4", "bf16", 4_194_304, 50, True, "1", 1, 512, 4096)
         assert config.security.accepted_tokens() == ()
 
     def test_frozen(self) -> None:
@@ -150,9 +150,7 @@ class TestRefusals:
             ("schedule.lease_s", 0, "should be greater than 0"),
             ("schedule.lease_s", 1e9, "should be less than or equal to 604800"),
             ("exchange.uplink", "gzip", "should be 'fp32', 'bf16', 'int8', 'int4', 'fp4' or 'topk'"),
-            ("exchange.downlink", "int8", "quantized downlinks need delta updates, which this version does not have"),
-            ("exchange.downlink", "int4", "use bf16"),
-            ("exchange.downlink", "fp4", "should be 'fp32' or 'bf16'"),
+            ("exchange.downlink", "fp4", "should be 'fp32', 'bf16', 'int8' or 'int4'"),
             ("exchange.fragment_elements", 1000, "should be a multiple of 256"),
             ("exchange.fragment_elements", 0, "should be greater than or equal to 256"),
             ("exchange.fragment_elements", 1 << 25, "should be less than or equal to 16777216"),

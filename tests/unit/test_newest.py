@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from paceline_server.buffers import BufferBudget
+from paceline_server.held import Form
 from paceline_server.ledger import Ledger
 from paceline_server.newest import NewestValues, Wanted
+from paceline_server.updates import Written
 from paceline_wire import codecs
-from paceline_wire.transfer import Outgoing, outgoing
+from paceline_wire.transfer import outgoing
 
 FP32 = codecs.codec("fp32")
-WANTED = Wanted(fragment=0, codec=FP32, num_elements=4, with_momentum=False)
+WANTED = Wanted(fragment=0, form=Form(codec=FP32), num_elements=4, with_momentum=False)
 
 
 class Fragment:
@@ -28,14 +30,15 @@ class Fragment:
         self.budget = BufferBudget(capacity_bytes)
         self.newest = NewestValues(self.budget, self.encode)
 
-    async def encode(self, wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Outgoing]:
+    async def encode(self, wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Written]:
         """Encode at this moment."""
         async with self.lock:
             begun()
             self.encodings += 1
             ledger = Ledger(issuing_bin=self.bin)
             await self.may_finish.wait()
-            return ledger, outgoing(FP32, codecs.encode(FP32, torch.zeros(wanted.num_elements)))
+            values = outgoing(FP32, codecs.encode(FP32, torch.zeros(wanted.num_elements)))
+            return ledger, Written(form=wanted.form, values=values)
 
 
 async def settled() -> None:
@@ -98,7 +101,7 @@ async def test_who_gives_up_leaves_it_to_the_others() -> None:
 async def test_an_encoding_that_fails_holds_nothing() -> None:
     """All who wait get the error, and the room is free."""
 
-    async def fail(wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Outgoing]:
+    async def fail(wanted: Wanted, begun: Callable[[], None]) -> tuple[Ledger, Written]:
         begun()
         raise RuntimeError("no values")
 

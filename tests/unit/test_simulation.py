@@ -175,7 +175,6 @@ def test_lossy_codecs_and_deltas_stay_near_the_lossless_run() -> None:
             QuadraticTask(2, size=512),
             same(2),
             downlink=downlink,
-            deltas=downlink != "fp32",
         ).run(until_rounds=12)
         for uplink, downlink in (("fp32", "fp32"), ("int8", "int8"))
     )

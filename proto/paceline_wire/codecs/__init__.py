@@ -6,7 +6,7 @@ whole fragment, `feedback` what carries a codec's loss over to the next message,
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
 from paceline_wire.codecs.blockwise import Fp4Codec, Int4Codec, Int8Codec
-from paceline_wire.codecs.delta import Reference
+from paceline_wire.codecs.delta import DIFFERENCE_CODECS, Reference, difference, followed, whole_codec
 from paceline_wire.codecs.feedback import Encoded, compensate
 from paceline_wire.codecs.floats import Bf16Codec, Fp32Codec
 from paceline_wire.codecs.registry import CODEC_NAMES, codec, codec_of_wire, wire_value
@@ -16,6 +16,7 @@ from paceline_wire.codecs.whole import decode, encode, payload_tensor
 __all__ = [
     "BLOCK_ELEMENTS",
     "CODEC_NAMES",
+    "DIFFERENCE_CODECS",
     "Bf16Codec",
     "Codec",
     "Encoded",
@@ -29,7 +30,10 @@ __all__ = [
     "codec_of_wire",
     "compensate",
     "decode",
+    "difference",
     "encode",
+    "followed",
     "payload_tensor",
+    "whole_codec",
     "wire_value",
 ]

@@ -3,7 +3,7 @@
 A codec is stateless and works on one fragment's values at a time. Everything is a contiguous 1-d tensor without
 gradient: values are float32, payloads are uint8, and both sides of a call are on one device. Nothing here allocates the
 caller's results, so buffers can be pinned, pooled, or slices of larger ones, payloads at any byte offset; a faster
-kernel replaces a codec's arithmetic by implementing this interface bit for bit (`tests/unit/test_codecs.py` is its
+implementation replaces a codec by this interface bit for bit, as `compiled` does (`tests/unit/test_codecs.py` is the
 conformance suite).
 """
 
@@ -67,4 +67,13 @@ class Codec(Protocol):
 
         Raises:
             CodecError: The range or the payload's size does not fit num_elements.
+        """
+
+    def block_squares(self, payload: torch.Tensor, num_elements: int) -> torch.Tensor:
+        """The sum of the squares of each block's numbers, float64 [ceil(n / BLOCK_ELEMENTS)], as `squares` says.
+
+        The payload must have passed `check`; one of fp32 or bf16 need not have, and then has sums that are not finite.
+
+        Raises:
+            CodecError: The payload's size does not fit num_elements.
         """

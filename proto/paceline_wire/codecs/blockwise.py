@@ -145,6 +145,23 @@ class BlockwiseCodec(ABC):
             scales = typed_view(scale_bytes[at * _SCALE_BYTES : end * _SCALE_BYTES], torch.float32)
             self._decode_blocks(scales, codes[at:end], out[first:last])
 
+    def block_squares(self, payload: torch.Tensor, num_elements: int) -> torch.Tensor:
+        """The sum of the squares of each block's numbers (float64 [B]): that of the integers, times the step's square.
+
+        Raises:
+            CodecError: The payload's size does not fit num_elements.
+        """
+        require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
+        scale_bytes, codes = self._split(payload, num_elements)
+        sums = torch.empty(codes.shape[0], dtype=torch.float64, device=payload.device)
+        for first, last in chunks(num_elements):
+            at, end = first // BLOCK_ELEMENTS, _num_blocks(last)
+            integers = self._integers(unpack_nibbles(codes[at:end]) if self._packed else codes[at:end]).to(torch.int32)
+            integers.view(-1)[last - first :] = 0  # whatever a last block has behind the last element
+            torch.sum(integers.square_(), dim=1, dtype=torch.float64, out=sums[at:end])
+        steps = (typed_view(scale_bytes, torch.float32) * self._step_of_scale).double()
+        return sums.mul_(steps.square_())
+
     @property
     def _code_bytes(self) -> int:
         return BLOCK_ELEMENTS * self._code_bits // 8

@@ -9,17 +9,102 @@ really is. It is error feedback without a residual, and nothing of it decays:
     payload = sender.encode(w)          --- bytes --->  receiver.follow(payload)
     sender.values                    same bits          receiver.values
 
-Every payload must be followed once and in order: whoever misses one starts again from the other's values in fp32.
+Every payload must be followed once and in order: whoever misses one starts again from the other's values, written whole
+in a codec that both decode alike.
+
+`moves` is the arithmetic, in one pass over memory where the kernels are there.
 
 Source: EF21, Richtarik et al., arXiv 2106.05203, algorithm 1 in its form for one sender; there it is gradients that are
 approached. |w - r| stays bounded for every codec that is a contraction, as all lossy ones of this package are.
 """
 
+from typing import Final, NamedTuple
+
 import torch
 
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.whole import decode, encode
-from paceline_wire.errors import CodecError, InvalidInputError
+from paceline_wire.codecs.moves import encode_move, finite_sum, follow_move
+from paceline_wire.codecs.registry import codec
+from paceline_wire.codecs.whole import encode, payload_tensor
+
+DIFFERENCE_CODECS: Final = ("int8", "int4")
+"""Names of the codecs in which updates are differences; in the others they are the values themselves."""
+
+
+def whole_codec(downlink: Codec) -> Codec:
+    """How values are written whole where updates are written in downlink: for a fetch, or where nothing is held yet.
+
+    bf16 where updates are differences: what it loses is in the first of them.
+    """
+    return codec("bf16") if downlink.name in DIFFERENCE_CODECS else downlink
+
+
+class Difference(NamedTuple):
+    """A difference that is ready to be sent.
+
+    Attributes:
+        payload: Its bytes, uint8 [m].
+        moved: What both sides hold once it is followed, float32 [n].
+    """
+
+    payload: torch.Tensor
+    moved: torch.Tensor
+
+
+def difference(
+    codec: Codec, values: torch.Tensor, held: torch.Tensor, behind: torch.Tensor | None = None
+) -> Difference:
+    """Move from what both sides hold towards values, as far as the codec can write it.
+
+    Args:
+        codec: How the difference is written.
+        values: The newest values, float32 [n].
+        held: What both sides hold, float32 [n]; not changed.
+        behind: Numbers that are written whole behind the difference, in the same payload, float32 [m]; None: none.
+
+    Raises:
+        CodecError: The difference, or where it would lead, is not finite.
+    """
+    moved = torch.empty_like(held)
+    if behind is None:
+        return Difference(encode_move(codec, values, held, moved), moved)
+    numbers = torch.cat((values - held, behind))
+    payload, num_elements = encode(codec, numbers), numbers.numel()
+    del numbers  # before as much is taken again for what it leads to
+    codec.check(payload, num_elements)
+    codec.decode_range(payload, num_elements, 0, moved)
+    finite_sum(codec, moved, held, moved)
+    return Difference(payload, moved)
+
+
+def followed(
+    codec: Codec, payload: bytes | bytearray | memoryview | torch.Tensor, num_elements: int, held: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a difference of the other side's leads.
+
+    Args:
+        codec: How it is written.
+        payload: Its bytes.
+        num_elements: Elements that it encodes: those of held, and what is written behind them.
+        held: What both sides hold, float32 [n]; not changed.
+
+    Returns:
+        What they hold then (float32 [n]), and what is behind the difference (float32 [num_elements - n]).
+
+    Raises:
+        CodecError: It is no valid encoding of num_elements elements, or leads to infinity.
+    """
+    coded = payload if isinstance(payload, torch.Tensor) else payload_tensor(payload)
+    if num_elements == held.numel():
+        moved = torch.empty_like(held)
+        follow_move(codec, coded, held, moved)
+        return moved, moved[num_elements:]
+    codec.check(coded, num_elements)
+    decoded = torch.empty(num_elements, dtype=torch.float32, device=coded.device)
+    codec.decode_range(coded, num_elements, 0, decoded)
+    moved = decoded[: held.numel()]
+    finite_sum(codec, moved, held, moved)
+    return moved, decoded[held.numel() :]
 
 
 class Reference:
@@ -49,13 +134,7 @@ class Reference:
             InvalidInputError: values are of another shape or type.
             CodecError: The difference, or where it would lead, is not finite. The reference is as before.
         """
-        if values.shape != self._values.shape or values.dtype != self._values.dtype:
-            raise InvalidInputError(
-                f"values {values.dtype} {list(values.shape)} do not belong to "
-                f"a reference {self._values.dtype} {list(self._values.shape)}"
-            )
-        payload = encode(self._codec, values - self._values)
-        self.follow(payload)
+        payload, self._values = difference(self._codec, values, self._values)
         return payload
 
     def follow(self, payload: bytes | bytearray | memoryview | torch.Tensor) -> None:
@@ -64,7 +143,4 @@ class Reference:
         Raises:
             CodecError: It is no valid encoding of n elements, or leads to infinity. The reference is as before.
         """
-        moved = decode(self._codec, payload, self._values.numel()).add_(self._values)
-        if not bool(moved.isfinite().all()):
-            raise CodecError(f"{self._codec.name}: the difference leads beyond the largest float32")
-        self._values = moved
+        self._values, _ = followed(self._codec, payload, self._values.numel(), self._values)

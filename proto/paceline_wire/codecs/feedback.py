@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline_wire.codecs.base import Codec
+from paceline_wire.codecs.compiled import Compensated, CompiledCodec
 from paceline_wire.codecs.whole import encode
 from paceline_wire.errors import CodecError, InvalidInputError
 
@@ -64,6 +65,10 @@ def compensate(codec: Codec, values: torch.Tensor, residual: torch.Tensor | None
             f"the residual {residual.dtype} {list(residual.shape)} does not belong to "
             f"values {values.dtype} {list(values.shape)}"
         )
+    if isinstance(codec, CompiledCodec) and not codec.lossless:
+        done = codec.compensate(values, residual)
+        if done is not None:
+            return _encoded(codec, done, residual)
     compensated = values if residual is None else _sum(values, residual, codec.residual_decay)
     payload = encode(codec, compensated)
     try:
@@ -76,6 +81,15 @@ def compensate(codec: Codec, values: torch.Tensor, residual: torch.Tensor | None
     codec.decode_range(payload, values.numel(), 0, decoded)
     lost = values - decoded if residual is None else compensated.sub_(decoded)
     return Encoded(payload=payload, decoded=decoded, residual=lost, finite=True)
+
+
+def _encoded(codec: Codec, done: Compensated, residual: torch.Tensor | None) -> Encoded:
+    """What was done in one pass, if the receiver can accept it."""
+    try:
+        codec.check(done.payload, done.decoded.numel())
+    except CodecError:
+        return Encoded(payload=done.payload, decoded=done.decoded.zero_(), residual=residual, finite=False)
+    return Encoded(payload=done.payload, decoded=done.decoded, residual=done.lost, finite=True)
 
 
 def _sum(values: torch.Tensor, residual: torch.Tensor, decay: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from paceline_wire.codecs.buffers import (
     require_range,
     typed_view,
 )
+from paceline_wire.codecs.squares import squares_of_decoded
 from paceline_wire.errors import CodecError
 
 _FP32_MAGNITUDE, _FP32_INFINITY = 0x7FFFFFFF, 0x7F800000
@@ -58,6 +59,14 @@ class Fp32Codec:
         require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
         require_range(self.name, num_elements, start, out)
         byte_view(out).copy_(payload[4 * start : 4 * (start + out.numel())])
+
+    def block_squares(self, payload: torch.Tensor, num_elements: int) -> torch.Tensor:
+        """The sum of the squares of each block's numbers (float64 [B]), as `squares` says.
+
+        Raises:
+            CodecError: The payload's size does not fit num_elements.
+        """
+        return squares_of_decoded(self, payload, num_elements)
 
 
 class Bf16Codec:
@@ -106,6 +115,14 @@ class Bf16Codec:
         for first, last in chunks(out.numel()):
             coded = payload[2 * (start + first) : 2 * (start + last)]
             out[first:last].copy_(typed_view(coded, torch.bfloat16))
+
+    def block_squares(self, payload: torch.Tensor, num_elements: int) -> torch.Tensor:
+        """The sum of the squares of each block's numbers (float64 [B]), as `squares` says.
+
+        Raises:
+            CodecError: The payload's size does not fit num_elements.
+        """
+        return squares_of_decoded(self, payload, num_elements)
 
 
 def _require_finite(name: str, payload: torch.Tensor, bits: torch.dtype, magnitude: int, infinity: int) -> None:

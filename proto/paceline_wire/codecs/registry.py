@@ -6,6 +6,7 @@ from typing import Final
 
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.blockwise import Fp4Codec, Int4Codec, Int8Codec
+from paceline_wire.codecs.compiled import CompiledCodec
 from paceline_wire.codecs.floats import Bf16Codec, Fp32Codec
 from paceline_wire.codecs.topk import TopkCodec
 from paceline_wire.errors import CodecError, InvalidInputError
@@ -14,7 +15,8 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 if sys.byteorder != "little":
     raise ImportError("payloads are little-endian and are read in place: this machine is big-endian")
 
-_CODECS: Final[tuple[Codec, ...]] = (Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), Fp4Codec(), TopkCodec())
+_DENSE: Final[tuple[Codec, ...]] = (Fp32Codec(), Bf16Codec(), Int8Codec(), Int4Codec(), Fp4Codec())
+_CODECS: Final[tuple[Codec, ...]] = (*(CompiledCodec(plain) for plain in _DENSE), TopkCodec())
 _BY_NAME: Final[dict[str, Codec]] = {codec.name: codec for codec in _CODECS}
 # Fails at import if the protocol names a codec that is not here; the other way round, wire_value does.
 _BY_WIRE_VALUE: Final[dict[int, Codec]] = {

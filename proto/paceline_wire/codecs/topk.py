@@ -62,6 +62,7 @@ from paceline_wire.codecs.buffers import (
     require_range,
     typed_view,
 )
+from paceline_wire.codecs.squares import squares_of_decoded
 from paceline_wire.errors import CodecError
 
 TOPK_BLOCK_ELEMENTS = 4096
@@ -145,6 +146,14 @@ class TopkCodec:
         inside = (places >= 0) & (places < out.numel())
         out.zero_()
         out[places[inside]] = _values(levels, code_bytes, place_bytes.numel())[inside]
+
+    def block_squares(self, payload: torch.Tensor, num_elements: int) -> torch.Tensor:
+        """The sum of the squares of each 256 numbers (float64 [ceil(n / 256)]), as `squares` says.
+
+        Raises:
+            CodecError: The payload's size does not fit num_elements.
+        """
+        return squares_of_decoded(self, payload, num_elements)
 
     def _check_levels(self, levels: torch.Tensor) -> None:
         """Refuse magnitudes (the upper bits of low and high, int16 [B, 2]) that no encoder writes.

@@ -911,7 +911,9 @@ class FetchRequest(_message.Message):
     FRAGMENTS_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     codec: Global___Codec.ValueType
-    """How to write them. CODEC_UNSPECIFIED: as the configuration says."""
+    """How to write them, as values and not as differences. CODEC_UNSPECIFIED: as the configuration says for updates, and
+    CODEC_BF16 where that is for differences.
+    """
     @_builtins.property
     def fragments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Fragments wanted, ascending. Empty: all fragments of this shard."""
@@ -1002,7 +1004,9 @@ class ExchangeOpen(_message.Message):
     DOWNLINK_FIELD_NUMBER: _builtins.int
     REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
     downlink: Global___Codec.ValueType
-    """How updates are to be written. CODEC_UNSPECIFIED: as the configuration says."""
+    """How updates are to be written. CODEC_UNSPECIFIED: as the configuration says. With CODEC_INT8 and CODEC_INT4 they are
+    differences to what the worker holds, as far as the shard keeps it; see Update.difference_to.
+    """
     report_received: _builtins.bool
     """True asks for messages with received_bytes, by which the caller sees that an upload moves."""
     @_builtins.property
@@ -1036,6 +1040,7 @@ class Push(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     INNER_STEP_US_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    HELD_VERSION_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment in the plan; MUST live on this shard."""
     seq: _builtins.int
@@ -1047,6 +1052,11 @@ class Push(_message.Message):
     tokens: _builtins.int
     """Tokens or samples that the outer gradient stands for; its share of the learning rate grows with them. Absent: as many
     as the others' mean.
+    """
+    held_version: _builtins.int
+    """What the worker holds of the fragment where updates are differences: Update.version of the newest update of it that
+    has arrived, on this stream or an earlier one of this incarnation. The first push of a fragment on a stream counts:
+    from then on the shard knows by the order of its updates. Absent: nothing.
     """
     @_builtins.property
     def payload(self) -> Global___Payload:
@@ -1061,15 +1071,20 @@ class Push(_message.Message):
         payload: Global___Payload | None = ...,
         inner_step_us: _builtins.int | None = ...,
         tokens: _builtins.int | None = ...,
+        held_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "inner_step_us", b"inner_step_us", "payload", b"payload", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "held_version", b"held_version", "inner_step_us", b"inner_step_us", "payload", b"payload", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "base_bin", b"base_bin", "fragment", b"fragment", "inner_step_us", b"inner_step_us", "payload", b"payload", "seq", b"seq", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_version", b"_held_version", "_inner_step_us", b"_inner_step_us", "_tokens", b"_tokens", "base_bin", b"base_bin", "fragment", b"fragment", "held_version", b"held_version", "inner_step_us", b"inner_step_us", "payload", b"payload", "seq", b"seq", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__held_version: _TypeAlias = _typing.Literal["held_version"]  # noqa: Y015
+    _WhichOneofArgType__held_version: _TypeAlias = _typing.Literal["_held_version", b"_held_version"]  # noqa: Y015
     _WhichOneofReturnType__inner_step_us: _TypeAlias = _typing.Literal["inner_step_us"]  # noqa: Y015
     _WhichOneofArgType__inner_step_us: _TypeAlias = _typing.Literal["_inner_step_us", b"_inner_step_us"]  # noqa: Y015
     _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
     _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_version) -> _WhichOneofReturnType__held_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_step_us) -> _WhichOneofReturnType__inner_step_us | None: ...
     @_typing.overload
@@ -1129,6 +1144,9 @@ class Update(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     LR_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_TO_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VALUES_CRC32_FIELD_NUMBER: _builtins.int
     fragment: _builtins.int
     """Index of the fragment."""
     seq: _builtins.int
@@ -1147,6 +1165,18 @@ class Update(_message.Message):
     """Learning rate of the mean outer gradient in that bin, as the run's outer schedule has it now."""
     momentum: _builtins.float
     """Momentum coefficient in that bin."""
+    difference_to: _builtins.int
+    """The version that the values of the payload are a difference to: the worker MUST hold it, and adds what it holds to
+    the decoded numbers, in binary32. Momentum after the values is never a difference. Absent: the values themselves.
+    """
+    version: _builtins.int
+    """Names what the worker holds once it has this update: its values, in every bit. Every update that has it is followed,
+    also one that answers a push again. Absent: nothing that later updates are differences to.
+    """
+    values_crc32: _builtins.int
+    """zlib's CRC-32 of those values as little-endian binary32, sometimes, so that the worker finds out if it holds
+    anything else; it then ends the stream, and names nothing on the next one. Absent: not checked.
+    """
     @_builtins.property
     def payload(self) -> Global___Payload:
         """The values."""
@@ -1164,14 +1194,30 @@ class Update(_message.Message):
         payload: Global___Payload | None = ...,
         lr: _builtins.float = ...,
         momentum: _builtins.float = ...,
+        difference_to: _builtins.int | None = ...,
+        version: _builtins.int | None = ...,
+        values_crc32: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "payload", b"payload", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_difference_to", b"_difference_to", "_refusal", b"_refusal", "_values_crc32", b"_values_crc32", "_version", b"_version", "difference_to", b"difference_to", "payload", b"payload", "refusal", b"refusal", "values_crc32", b"values_crc32", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "bin", b"bin", "bins_late", b"bins_late", "fragment", b"fragment", "inner_steps", b"inner_steps", "lr", b"lr", "momentum", b"momentum", "payload", b"payload", "quota", b"quota", "refusal", b"refusal", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_difference_to", b"_difference_to", "_refusal", b"_refusal", "_values_crc32", b"_values_crc32", "_version", b"_version", "bin", b"bin", "bins_late", b"bins_late", "difference_to", b"difference_to", "fragment", b"fragment", "inner_steps", b"inner_steps", "lr", b"lr", "momentum", b"momentum", "payload", b"payload", "quota", b"quota", "refusal", b"refusal", "seq", b"seq", "values_crc32", b"values_crc32", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__difference_to: _TypeAlias = _typing.Literal["difference_to"]  # noqa: Y015
+    _WhichOneofArgType__difference_to: _TypeAlias = _typing.Literal["_difference_to", b"_difference_to"]  # noqa: Y015
     _WhichOneofReturnType__refusal: _TypeAlias = _typing.Literal["refusal"]  # noqa: Y015
     _WhichOneofArgType__refusal: _TypeAlias = _typing.Literal["_refusal", b"_refusal"]  # noqa: Y015
+    _WhichOneofReturnType__values_crc32: _TypeAlias = _typing.Literal["values_crc32"]  # noqa: Y015
+    _WhichOneofArgType__values_crc32: _TypeAlias = _typing.Literal["_values_crc32", b"_values_crc32"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__difference_to) -> _WhichOneofReturnType__difference_to | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__values_crc32) -> _WhichOneofReturnType__values_crc32 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
 

@@ -35,10 +35,15 @@ class OrderedMomentum(OuterRule):
 
     def apply(self, numbers: Numbers, g: torch.Tensor, push: Contribution) -> None:
         """U += eta beta^d g and w -= eta (1 - beta^(d+1)) / (1 - beta) g, with eta = lr * share."""
+        u_rate, w_rate = self.entering(push)
+        numbers.state["u"].add_(g * u_rate)
+        numbers.w.sub_(g.mul_(w_rate))
+
+    def entering(self, push: Contribution) -> tuple[float, float]:
+        """What a push is multiplied by to enter the momentum and to move the parameters, in this order."""
         eta = self.rates.lr(push.bin) * push.share
         decay, displacement = self.rates.carried(push.bin, push.bins_late)
-        numbers.state["u"].add_(g * (eta * decay))
-        numbers.w.sub_(g.mul_(eta * displacement))
+        return eta * decay, eta * displacement
 
 
 PLAIN_AVERAGE = OrderedMomentum(rates=Rates(peak_lr=1.0, full_momentum=0.0))

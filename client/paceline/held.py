@@ -1,0 +1,79 @@
+"""What a worker holds of each fragment, where its updates are differences to it: the shard has the same bits. Pure.
+
+Update after update is followed in the order in which they come; see docs/protocol.md, "Differences".
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from paceline_wire import codecs
+from paceline_wire.codecs.base import Codec
+from paceline_wire.errors import UnavailableError
+from paceline_wire.v1 import parameter_server_pb2 as pb
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """What is held of a fragment.
+
+    Attributes:
+        values: float32 [n]; never changed.
+        version: How the shard calls them.
+    """
+
+    values: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Followed:
+    """Where an update leads.
+
+    Attributes:
+        values: The fragment's newest values, float32 [n].
+        behind: What the payload has behind them, float32 [m].
+        held: What is held from now on; None: nothing.
+    """
+
+    values: torch.Tensor
+    behind: torch.Tensor
+    held: Held | None
+
+
+def follow(
+    announced: pb.Update, codec: Codec, payload: torch.Tensor, sizes: tuple[int, int], held: Held | None
+) -> Followed:
+    """Decode an update, and add what is held if it is a difference.
+
+    Args:
+        announced: The update's announcement.
+        codec: How its payload is written.
+        payload: Its bytes, uint8 [k].
+        sizes: Elements of values, and elements behind them.
+        held: What is held of the fragment; None: nothing.
+
+    Raises:
+        CodecError: The payload is no valid encoding, or leads to infinity.
+        UnavailableError: It is a difference to something that is not held, or leads elsewhere than at the shard. The
+            stream must end, and the next one must name nothing.
+    """
+    num_values, num_behind = sizes
+    if not announced.HasField("difference_to"):
+        numbers = codecs.decode(codec, payload, num_values + num_behind)
+        values, behind = numbers[:num_values], numbers[num_values:]
+    elif held is None or held.version != announced.difference_to:
+        raise UnavailableError(
+            f"the update of fragment {announced.fragment} is a difference to values that this worker does not hold; "
+            "it asks for whole ones"
+        )
+    else:
+        values, behind = codecs.followed(codec, payload, num_values + num_behind, held.values)
+    if announced.HasField("values_crc32") and zlib.crc32(values.numpy().data) != announced.values_crc32:
+        raise UnavailableError(
+            f"the differences of fragment {announced.fragment} have led to other values here than at the shard; "
+            "this worker asks for whole ones"
+        )
+    named = Held(values=values, version=announced.version) if announced.HasField("version") else None
+    return Followed(values=values, behind=behind, held=named)
