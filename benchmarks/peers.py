@@ -17,11 +17,12 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -223,20 +224,29 @@ def main() -> None:
     if arguments.tables:
         tables.fill(ROOT)
         return
-    cells = _measured(arguments)
-    kept = json.loads(arguments.output.read_text())["cells"] if arguments.output.exists() else []
+    # A terminated run ends what it started on its way out; Python would not unwind on SIGTERM by itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    cells: list[dict[str, Any]] = []
+    for found in _measured(arguments):
+        cells += found
+        _keep(arguments.output, found)
+    print(json.dumps(cells) if arguments.json else tables.exchange_table(cells) + tables.utilization_table(cells))
+
+
+def _keep(output: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Put cells into the file of results, which holds what earlier runs measured."""
+    kept = json.loads(output.read_text())["cells"] if output.exists() else []
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}, "
         f"Python {platform.python_version()}",
         "workers": WORKERS,
         "cells": merged(kept, cells),
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(cells) if arguments.json else tables.exchange_table(cells) + tables.utilization_table(cells))
+    output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    cells = []
+def _measured(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    python = str(arguments.venv / "bin" / "python")
     for what in arguments.what:
         known = exchanging() if what == "exchange" else overlapping(arguments.inner_steps)
         systems = {name: system for name, system in known.items() if name in (arguments.systems or known)}
@@ -244,10 +254,7 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             with _places(link) as links:
                 for parameters in arguments.parameters or _sizes(what, link):
                     load = loads(arguments, what, parameters)
-                    cells += measure_all(
-                        systems, links, load, arguments.repeats, str(arguments.venv / "bin" / "python")
-                    )
-    return cells
+                    yield measure_all(systems, links, load, arguments.repeats, python)
 
 
 def _places(link: str) -> AbstractContextManager[Places]:
