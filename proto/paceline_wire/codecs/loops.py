@@ -50,6 +50,14 @@ def _jit(function: _Function) -> _Function:
     return registered
 
 
+def _inlined(function: _Function) -> _Function:
+    """Put this function's own code into compiled functions that call it: a fifth to a third less time for the two that
+    choose by codec. Whatever they call is compiled by itself, or compiling would take ten times as long.
+    """
+    registered: _Function = register_jitable(error_model="numpy", inline="always")(function)
+    return registered
+
+
 def _cast(source: Any, target: Any) -> Callable[[Any, Any], Any]:
     """The typing and code of a function that sees a number's bits as another type's."""
 
@@ -122,7 +130,7 @@ def _copy(source: Floats, out: Floats) -> None:
         o[i] = s[i]
 
 
-@_jit
+@_inlined
 def _decode_block(kind: int, scale: np.float32, codes: Bytes, out: Floats) -> None:
     if kind == INT8:
         _decode_int8(codes, scale, out)
@@ -202,7 +210,7 @@ def _scale(kind: int, x: Floats) -> np.float32:
     return _short_quotient(absmax, _DIVISOR_INT4) if kind == INT4 else absmax
 
 
-@_jit
+@_inlined
 def _encode_block(kind: int, x: Floats, codes: Bytes) -> np.float32:
     """Write the codes; returns the scale, 0 if the codec has none."""
     if kind == FP32:
