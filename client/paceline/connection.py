@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 
@@ -25,7 +25,8 @@ from paceline.held import Held, follow
 from paceline.silence import Silence
 from paceline.worker import ReceivedUpdate
 from paceline.worker_state import Progress
-from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire import PROTOCOL_VERSION, bulk, codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     NotAMemberError,
@@ -41,6 +42,7 @@ from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[Bulk[pb.ExchangeRequest], Bulk[pb.ExchangeResponse]]"
 
 HEARTBEATS_PER_LEASE = 3
 """A worker stays a member when two heartbeats in a row are lost."""
@@ -312,7 +314,7 @@ class ShardConnection:
         Raises:
             PacelineError: Why it ended, if not in order.
         """
-        call = self._stub.Exchange(metadata=self._access.metadata)
+        call: _Call = bulk.method(self._channels[-1], "Exchange")(metadata=self._access.metadata)
         self._to_send = deque(self._unanswered.values())
         self._silence.begin_stream()
         parts = {asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))}
@@ -336,11 +338,11 @@ class ShardConnection:
             await asyncio.gather(*parts, return_exceptions=True)
             call.cancel()
 
-    async def _send(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
+    async def _send(self, call: "_Call") -> None:
         if self._downlink is None:
             raise UnavailableError("the exchange has not begun")
         opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink), report_received=True)
-        await call.write(pb.ExchangeRequest(open=opening))
+        await call.write(Bulk(pb.ExchangeRequest(open=opening), b""))
         while True:
             while self._to_send:
                 push = self._to_send.popleft().push
@@ -356,15 +358,15 @@ class ShardConnection:
                 )
                 for piece in pieces(push.outer_gradient.payload, self._silence.piece_size):
                     self._silence.wrote(time.monotonic(), len(piece))
-                    await call.write(pb.ExchangeRequest(push=announced, data=piece))
+                    await call.write(Bulk(pb.ExchangeRequest(push=announced), piece))
                     announced = None
             self._has_work.clear()
             await self._has_work.wait()
 
-    async def _receive(self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]") -> None:
+    async def _receive(self, call: "_Call") -> None:
         receiver, announced = Receiver(), None
         try:
-            async for message in call:
+            async for message, data in call:
                 now_s = time.monotonic()
                 if message.HasField("received_bytes"):
                     self._silence.arrived(now_s, message.received_bytes)
@@ -372,11 +374,11 @@ class ShardConnection:
                 if message.HasField("update"):
                     announced = message.update
                     receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
-                assembly = receiver.add(message.data)
+                assembly = receiver.add(data)
                 self._silence.received(now_s, more_follows=assembly is None)
                 if assembly is not None and announced is not None:
                     await self._answer(announced, assembly)
-                del message, assembly
+                del data, assembly
         finally:
             # The error that ends a stream holds this frame until a full collection; the payload must not stay as long.
             del receiver, announced

@@ -75,7 +75,7 @@ def upload(worker: RawWorker) -> Iterator[pb.InitializeRequest]:
     for fragment in range(NUM_FRAGMENTS):
         announced: pb.InitializeFragment | None = pb.InitializeFragment(fragment=fragment, payload=ZEROS_PAYLOAD)
         for piece in pieces(torch.zeros(4 * FRAGMENT, dtype=torch.uint8)):
-            yield pb.InitializeRequest(fragment=announced, data=piece)
+            yield pb.InitializeRequest(fragment=announced, data=bytes(piece))
             announced = None
 
 
