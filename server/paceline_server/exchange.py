@@ -70,6 +70,7 @@ class ExchangeStream:
         worker: Who is at the other end.
         downlink: How its updates are to be written.
         write: Sends one message; returns when gRPC has room for the next.
+        index: Which of the worker's streams it is.
         report_received: Whether the worker wants to know how much has arrived.
     """
 
@@ -80,9 +81,11 @@ class ExchangeStream:
         downlink: Codec,
         write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]],
         *,
+        index: int = 0,
         report_received: bool = False,
     ) -> None:
         self.worker = worker
+        self.index = index
         self._downlink = downlink
         self._engine = engine
         self._write = write

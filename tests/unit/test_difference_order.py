@@ -19,6 +19,7 @@ from paceline_server.ledger import Answer
 from paceline_server.settings import config_from_mapping
 from paceline_server.updates import Encoded
 from paceline_wire import codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.manifest import Manifest, TensorSpec
 from paceline_wire.transfer import Assembly, Receiver, outgoing
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -114,15 +115,17 @@ class Worker:
         return self._held[fragment].values
 
     def _open(self) -> None:
-        self._requests = asyncio.Queue[pb.ExchangeRequest]()
-        responses = asyncio.Queue[pb.ExchangeResponse](maxsize=2)
+        self._requests = asyncio.Queue[Bulk[pb.ExchangeRequest]]()
+        responses = asyncio.Queue[Bulk[pb.ExchangeResponse]](maxsize=2)
         stream = ExchangeStream(self._engine, pb.Worker(worker_id=self.name, incarnation=1), INT8, responses.put)
         self._connection = {
             asyncio.create_task(stream.run(self._messages(self._requests))),
             asyncio.create_task(self._receive(responses)),
         }
 
-    async def _messages(self, requests: "asyncio.Queue[pb.ExchangeRequest]") -> AsyncIterator[pb.ExchangeRequest]:
+    async def _messages(
+        self, requests: "asyncio.Queue[Bulk[pb.ExchangeRequest]]"
+    ) -> AsyncIterator[Bulk[pb.ExchangeRequest]]:
         while True:
             yield await requests.get()
 
@@ -136,18 +139,18 @@ class Worker:
             payload=outgoing(INT8, payload).announced,
             held_version=None if held is None else held.version,
         )
-        self._requests.put_nowait(pb.ExchangeRequest(push=push, data=self._unanswered[fragment, seq]))
+        self._requests.put_nowait(Bulk(pb.ExchangeRequest(push=push), self._unanswered[fragment, seq]))
 
-    async def _receive(self, responses: "asyncio.Queue[pb.ExchangeResponse]") -> None:
+    async def _receive(self, responses: "asyncio.Queue[Bulk[pb.ExchangeResponse]]") -> None:
         receiver, announced = Receiver(), pb.Update()
         while True:
-            message = await responses.get()
+            message, data = await responses.get()
             for _ in range(self._moments.choice((0, 0, 5, 50))):  # a link on which several updates are on their way
                 await asyncio.sleep(0)
             if message.HasField("update"):
                 announced = message.update
                 receiver.begin(announced.payload, SIZE)
-            assembly = receiver.add(message.data)
+            assembly = receiver.add(data)
             if assembly is not None:
                 self._follow(announced, assembly)
 
@@ -166,8 +169,7 @@ def assert_same_bits(shard: Engine, worker: Worker, fragment: int) -> torch.Tens
     """What the shard keeps is what the worker holds; returns it."""
     holding = shard.holdings.of(worker.name)
     assert holding is not None
-    kept = holding.held(fragment)
-    assert kept is not None
+    kept = holding.by_fragment[fragment]
     assert torch.equal(kept.values.view(torch.int32), worker.holds(fragment).view(torch.int32))
     return kept.values
 
