@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit format proto chaos bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
+.PHONY: demo test lint unit format proto chaos bench-exchange bench-kernels bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -34,6 +34,10 @@ chaos: $(VENV)/.dev
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
+
+# The codecs and a fragment's arithmetic beside copies of as many bytes.
+bench-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
 
 # Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
 bench-convergence: $(VENV)/.dev

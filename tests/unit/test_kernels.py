@@ -264,7 +264,7 @@ def printed(script: str, **variables: str) -> list[str]:
 
 
 def test_small_fragments_do_not_load_numba() -> None:
-    """numba is imported for the first large fragment, which does not wait for it and has the same bytes."""
+    """Numba is imported for the first large fragment, which does not wait for it and has the same bytes."""
     assert printed(SMALL_AND_LARGE) == ["False None", "True True"]
 
 
