@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 
-.PHONY: demo test lint unit format proto chaos bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real bench-peers bench-training bench-growth soak clean
+.PHONY: demo test lint unit format proto chaos bench-exchange bench-kernels bench-convergence bench-durability bench-memory bench-stability bench-real bench-peers bench-training bench-growth bench-wan soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -35,6 +35,10 @@ chaos: $(VENV)/.dev
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
+
+# The codecs and a fragment's arithmetic beside copies of as many bytes.
+bench-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
 
 # Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
 bench-convergence: $(VENV)/.dev
