@@ -11,7 +11,8 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from link import Host, Link, add_shape_arguments, shape_of
 
@@ -64,11 +65,12 @@ def move(connections: list[Connection]) -> None:
                     selector.modify(connection.socket, connection.events, connection)
 
 
-def serve(address: str, num_connections: int) -> None:
-    """Take connections, and answer rounds on them until the client closes them."""
+def serve(address: str) -> None:
+    """Take one client's connections, and answer its rounds on them until it closes them."""
     with socket.create_server((address, PORT)) as listener:
         print("listening", flush=True)
-        sockets = [listener.accept()[0] for _ in range(num_connections)]
+        first, _ = listener.accept()
+        sockets = [first, *(listener.accept()[0] for _ in range(_read(first, 1)[0] - 1))]
     while True:
         questions = [_read(each, QUESTION.size) for each in sockets]
         if not all(questions):
@@ -80,23 +82,36 @@ def serve(address: str, num_connections: int) -> None:
             each.sendall(b"!")
 
 
-def measure(address: str, num_connections: int, up_bytes: int, down_bytes: int, rounds: int) -> list[float]:
-    """Seconds of each round, over connections that stay open: from the question until all bytes are confirmed."""
-    sockets = [socket.create_connection((address, PORT)) for _ in range(num_connections)]
-    seconds = []
-    for _ in range(rounds):
+class Client:
+    """Connections that stay open, for round after round; a context manager that closes them."""
+
+    def __init__(self, address: str, num_connections: int) -> None:
+        """Connect; there must be 1 to 255 connections."""
+        self._sockets = [socket.create_connection((address, PORT))]
+        self._sockets[0].sendall(bytes([num_connections]))
+        self._sockets += [socket.create_connection((address, PORT)) for _ in range(num_connections - 1)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each in self._sockets:
+            each.close()
+
+    def round(self, up_bytes: int, down_bytes: int) -> float:
+        """Seconds that so many bytes take, both ways at once, until all are confirmed."""
         began_s = time.monotonic()
-        for each in sockets:
+        up, down = up_bytes // len(self._sockets), down_bytes // len(self._sockets)
+        for each in self._sockets:
             each.setblocking(True)
-            each.sendall(QUESTION.pack(up_bytes // num_connections, down_bytes // num_connections))
-        move([Connection(each, up_bytes // num_connections, down_bytes // num_connections) for each in sockets])
-        for each in sockets:
+            each.sendall(QUESTION.pack(up, down))
+        move([Connection(each, up, down) for each in self._sockets])
+        for each in self._sockets:
             each.setblocking(True)
             _read(each, 1)
-        seconds.append(time.monotonic() - began_s)
-    for each in sockets:
-        each.close()
-    return seconds
+        return time.monotonic() - began_s
 
 
 def raw_rounds(
@@ -104,10 +119,7 @@ def raw_rounds(
 ) -> list[float]:
     """Seconds of rounds of raw TCP between two hosts, over fresh connections."""
     here = [sys.executable, __file__]
-    serving = server.popen(
-        [*here, "--serve", server.address, "--connections", str(num_connections)], stdout=subprocess.PIPE, text=True
-    )
-    with serving:
+    with server.popen([*here, "--serve", server.address], stdout=subprocess.PIPE, text=True) as serving:
         try:
             assert serving.stdout is not None
             serving.stdout.readline()
@@ -133,11 +145,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.connections[0])
+        serve(arguments.serve)
         return
     sizes = (arguments.up_bytes, arguments.down_bytes)
     if arguments.ask:
-        print(json.dumps(measure(arguments.ask, arguments.connections[0], *sizes, arguments.rounds)))
+        with Client(arguments.ask, arguments.connections[0]) as client:
+            print(json.dumps([client.round(*sizes) for _ in range(arguments.rounds)]))
         return
     results = [_measured(arguments, count, *sizes) for count in arguments.connections]
     if arguments.json:
