@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 
-.PHONY: demo test lint unit format proto chaos bench-exchange bench-kernels bench-convergence bench-durability bench-memory bench-stability bench-real bench-peers bench-training bench-growth bench-wan soak clean
+.PHONY: demo test lint unit format proto chaos soak clean \
+	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
+	bench-convergence bench-durability bench-memory bench-stability bench-real
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
