@@ -134,10 +134,11 @@ async def test_updates_are_differences_to_what_each_worker_holds(address: str) -
     torch.testing.assert_close(workers[0].base.tensors["x"], exact.tensors["x"], rtol=1e-6, atol=1e-6)
 
 
-async def test_cut_connections_leave_both_sides_with_the_same_bits(address: str) -> None:
+@pytest.mark.parametrize("connections", [1, 3])
+async def test_cut_connections_leave_both_sides_with_the_same_bits(address: str, connections: int) -> None:
     """Cut anywhere, the next update is a difference to what has arrived, or whole where one was lost."""
     with Proxy(address) as proxy:
-        async with paceline.connect(proxy.address, worker_id="cut") as client:
+        async with paceline.connect(proxy.address, worker_id="cut", connections=connections) as client:
             worker = await Checked.of(client, "int8")
             await worker.exchange(gradient(1))
             before = proxy.carried["down"]
@@ -219,9 +220,10 @@ def test_training_goes_on_from_what_the_shard_keeps(address: str) -> None:
         assert run.stats().bytes_down == BF16.encoded_bytes(SIZE) + 4 * codec.encoded_bytes(SIZE)
 
 
-async def test_pushes_in_flight_follow_one_another(narrow_address: str) -> None:
+@pytest.mark.parametrize("connections", [1, 3])
+async def test_pushes_in_flight_follow_one_another(narrow_address: str, connections: int) -> None:
     """With many answers under way at once, and room for few of them, each is a difference to the one before it."""
-    async with paceline.connect(narrow_address, worker_id="overlapping") as client:
+    async with paceline.connect(narrow_address, worker_id="overlapping", connections=connections) as client:
         worker = await Checked.of(client, "int8", NARROW_SIZE)
         await worker.exchange(gradient(1, NARROW_SIZE))
         for number in range(2, 4):
