@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from peer_systems.places import Place, Seat
 from peer_systems.setting import Setting
-from resident import peak_resident_mib
+from resident import cpu_s, peak_resident_mib
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PORT = 29517
@@ -247,7 +247,7 @@ class _Process:
 
     def cpu_s(self) -> float:
         """CPU seconds of the process and its children so far."""
-        return sum(_cpu_s(pid) for pid in self._pids())
+        return sum(cpu_s(pid) for pid in self._pids())
 
     def peak_mib(self) -> float:
         """Peak resident memory of the largest of the process and its children, MiB."""
@@ -264,9 +264,3 @@ class _Process:
         for line in errors:
             self._last_words.append(line)
             del self._last_words[:-50]
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system seconds of one process; the command's name, in brackets before them, may hold anything."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
