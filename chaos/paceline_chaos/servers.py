@@ -155,7 +155,7 @@ class ForeignServer:
     ) -> None:
         self._address = address
         self._commands = (kill_command, start_command)
-        self._access = {"token": token, "tls": tls_ca}
+        self._token, self._tls_ca = token, tls_ca
 
     @property
     def address(self) -> str:
@@ -174,7 +174,7 @@ class ForeignServer:
         """
         began_s = time.monotonic()
         await self._run(self._commands[1])
-        async with paceline.connect(self._address, reach_s=START_S, **self._access):
+        async with paceline.connect(self._address, reach_s=START_S, token=self._token, tls=self._tls_ca):
             return time.monotonic() - began_s
 
     async def stop_for(self, seconds: float) -> None:

@@ -14,6 +14,7 @@ from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
+from paceline.link_settings import LinkSettings
 from paceline.session import Session, new_worker, open_session
 from paceline.uplink import Uplink
 from paceline.worker import ReceivedUpdate
@@ -145,6 +146,11 @@ class Client:
         exchange.add_done_callback(self._exchanged)
         return await asyncio.shield(exchange)
 
+    @property
+    def connections(self) -> int:
+        """TCP connections that pushes go over, over all shards."""
+        return sum(connection.num_connections for connection in self._session.connections)
+
     async def statuses(self) -> list[admin_pb2.StatusResponse]:
         """Every shard's status, see admin.proto.
 
@@ -229,6 +235,8 @@ async def connect(
     token: str | None = None,
     tls: TLS | str | Path | bool | None = None,
     reach_s: float = REACH_S,
+    connections: int | str | None = None,
+    max_uplink_mbit: float | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to a run for as long as the context lasts.
 
@@ -238,6 +246,8 @@ async def connect(
         token: The run's token; None: the variable PACELINE_TOKEN, if set.
         tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
         reach_s: Seconds to go on trying while the server cannot be reached.
+        connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.
+        max_uplink_mbit: Mbit/s that pushes may take, to all shards together; None: as the server says.
 
     Yields:
         The client.
@@ -253,7 +263,8 @@ async def connect(
             base = await client.fetch()
             base = await client.exchange(outer_gradient, base)
     """
-    session = await open_session(address, Access.of(tls, token), reach_s)
+    link = LinkSettings(connections=connections, max_uplink_mbit=max_uplink_mbit)
+    session = await open_session(address, Access.of(tls, token), reach_s, link)
     try:
         if worker_id is not None:
             await session.join(new_worker(worker_id))

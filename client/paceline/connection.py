@@ -1,16 +1,16 @@
 """One worker's connection to one shard: membership, and pushes that survive lost connections.
 
-A push is handed over once and its update is awaited; in between, the connection joins, opens the exchange stream,
-sends, and when the stream breaks waits a little and begins again with everything that was not answered. The shard
-applies each push once, whatever is sent twice. A connection that carries nothing any more is replaced by a new one: a
-gRPC channel would wait for its old TCP connection.
+A push is handed over once and its update is awaited; in between, the connection joins, opens exchange streams, sends,
+and when a stream breaks waits a little and begins again with everything that was not answered. The shard applies each
+push once, whatever is sent twice. There are as many streams, each on a TCP connection of its own, as pay
+(connection_count.py); which push goes over which is up to dispatch.py. A TCP connection that carries nothing any more
+is replaced by a new one: a gRPC channel would wait for its old one.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +19,14 @@ from typing import TypeAlias, TypeVar
 import grpc
 
 from paceline.calls import CALL_S, called
-from paceline.channels import EXCHANGE_PING_S, Access, backoff_s, error_of, error_of_status
+from paceline.channels import Access, backoff_s, error_of, error_of_status
 from paceline.codec_threads import in_codec_thread
+from paceline.connection_count import ConnectionCount, Meter
+from paceline.dispatch import Dispatch, PushKey
 from paceline.held import Held, follow
+from paceline.pacing import Pace
 from paceline.silence import Silence
+from paceline.stripe import Stripe
 from paceline.worker import ReceivedUpdate
 from paceline.worker_state import Progress
 from paceline_wire import PROTOCOL_VERSION, bulk, codecs
@@ -38,7 +42,6 @@ from paceline_wire.errors import (
 from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Assembly, Outgoing, Receiver, pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
-from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -85,9 +88,10 @@ class ShardConnection:
         target: "host:port" of the shard.
         access: TLS and token.
         worker: Who this is.
+        pace: How fast pushes may leave; None: as fast as the link takes them.
     """
 
-    def __init__(self, target: str, access: Access, worker: pb.Worker) -> None:
+    def __init__(self, target: str, access: Access, worker: pb.Worker, pace: Pace | None = None) -> None:
         self.target = target
         self.reconnects = 0
         self.worker_index = 0
@@ -96,22 +100,20 @@ class ShardConnection:
         self.inner_step_s: float | None = None
         self._access = access
         self._worker = worker
-        self._silence = Silence(CALL_S)
-        self._stream_dropped: asyncio.Future[None] | None = None
-        self._channels = [access.channel(target, EXCHANGE_PING_S)]
-        self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
-        self._unanswered: dict[tuple[int, int], _Unanswered] = {}
+        self._pace = pace or Pace()
+        self._stripes = [Stripe(target, access, 0)]
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._dispatch = Dispatch()
+        self._connection_count = ConnectionCount(1, 1)
+        self._meter = Meter()
+        self._unanswered: dict[PushKey, _Unanswered] = {}
         self._held: dict[int, Held] = {}
-        self._to_send: deque[_Unanswered] = deque()
-        self._has_work = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         # Seeded by the name: two workers never back off in step, and a test can repeat what it saw.
         self._jitter = random.Random(f"{worker.worker_id}/{target}")  # noqa: S311  # not for secrets
         self._downlink: Codec | None = None
         self._manifest: Manifest | None = None
         self._momentum_follows = False
         self._failure: PacelineError | None = None
-        self._answered_on_stream = False
         self._heartbeat_s = 10.0
         self._storage_problem: str | None = None
         self._closed = False
@@ -123,23 +125,45 @@ class ShardConnection:
             PacelineError: The shard refuses, or cannot be reached.
         """
         await self._join()
-        self._tasks.append(asyncio.create_task(self._heartbeats()))
+        first = self._stripes[0]
+        first.tasks.append(asyncio.create_task(self._heartbeats(first)))
 
-    def begin_exchange(self, manifest: Manifest, downlink: Codec, *, momentum_follows: bool) -> None:
-        """Open the exchange stream, and keep one open until `close`.
+    def begin_exchange(
+        self,
+        manifest: Manifest,
+        downlink: Codec,
+        *,
+        momentum_follows: bool,
+        connection_count: ConnectionCount | None = None,
+    ) -> None:
+        """Open the exchange streams, and keep as many open as pay until `close`.
 
         Args:
             manifest: What the run exchanges.
             downlink: How updates are to be written.
             momentum_follows: Whether updates of parameters bring the server's momentum after the values.
+            connection_count: How many TCP connections there are to be; None: one.
         """
         self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
-        self._tasks.append(asyncio.create_task(self._exchange()))
+        self._connection_count = connection_count or self._connection_count
+        first = self._stripes[0]
+        first.tasks.append(asyncio.create_task(self._exchange(first)))
+        self._keep_connections()
 
     @property
     def exchanging(self) -> bool:
         """Whether begin_exchange was called."""
         return self._manifest is not None
+
+    @property
+    def num_connections(self) -> int:
+        """TCP connections that pushes go over now."""
+        return self._dispatch.num_streams
+
+    @property
+    def _silence(self) -> Silence:
+        """What the connection with the heartbeats has carried."""
+        return self._stripes[0].silence
 
     async def push(self, push: OutgoingPush) -> ReceivedUpdate:
         """Send a push until it is answered.
@@ -150,32 +174,36 @@ class ShardConnection:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
         update: asyncio.Future[ReceivedUpdate] = asyncio.get_running_loop().create_future()
-        unanswered = _Unanswered(push, update)
-        self._unanswered[push.fragment, push.seq] = unanswered
-        self._to_send.append(unanswered)
-        self._has_work.set()
+        key = PushKey(push.fragment, push.seq)
+        self._unanswered[key] = _Unanswered(push, update)
+        self._dispatch.add(key, push.outer_gradient.payload.numel())
+        self._look_for_work()
         try:
             return await update
         finally:
-            self._unanswered.pop((push.fragment, push.seq), None)
+            self._unanswered.pop(key, None)
+            self._dispatch.answered(key)
+            self._keep_connections()
 
     async def close(self) -> None:
         """Leave the run and end the connection. Closing twice is not an error."""
         if self._closed:
             return
         self._closed = True
-        for task in self._tasks:
+        tasks = [task for stripe in self._stripes for task in stripe.tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
         # Their errors hold this connection, and with it the last tensors: a cycle that lives until a full collection.
-        self._tasks.clear()
+        del tasks
+        for stripe in self._stripes:
+            stripe.tasks.clear()
         if self._failure is None:
             self._fail(UnavailableError(f"the connection to {self.target} was closed before the answer came"))
         with suppress(PacelineError):
-            await self._call(
-                self._stub.Leave(pb.LeaveRequest(worker=self._worker), timeout=2.0, metadata=self._access.metadata)
-            )
-        await self._close_channels()
+            leaving = pb.LeaveRequest(worker=self._worker)
+            await self._call(self._stripes[0].stub.Leave(leaving, timeout=2.0, metadata=self._access.metadata))
+        await asyncio.gather(*(stripe.close_channels() for stripe in self._stripes))
 
     async def take_over(self, previous: int) -> dict[int, Progress]:
         """Join once more, to go on with the pushes of an earlier incarnation; how far each fragment got with them.
@@ -183,12 +211,13 @@ class ShardConnection:
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
         """
-        answer = await self._join(previous)
+        answer = await self._join(previous=previous)
         return {each.fragment: Progress(seq=each.seq, superseded=each.superseded) for each in answer.progress}
 
-    async def _join(self, previous: int | None = None) -> pb.JoinResponse:
+    async def _join(self, stripe: Stripe | None = None, previous: int | None = None) -> pb.JoinResponse:
+        stub = (stripe or self._stripes[0]).stub
         request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=self._worker, previous_incarnation=previous)
-        answer = await self._call(self._stub.Join(request, timeout=CALL_S, metadata=self._access.metadata))
+        answer = await self._call(stub.Join(request, timeout=CALL_S, metadata=self._access.metadata))
         self.worker_index = answer.worker_index
         self.inner_steps = answer.inner_steps
         self.active_workers = answer.active_workers
@@ -205,30 +234,85 @@ class ShardConnection:
             # The call was cancelled and not the caller: its channel was replaced.
             raise UnavailableError(f"the connection to {self.target} was replaced during the call") from None
 
-    async def _heartbeats(self) -> None:
+    def _keep_connections(self) -> None:
+        """Have as many connections as pay; those too many are closed once nothing is left on them."""
+        meter, now_s = self._meter, time.monotonic()
+        wanted = self._connection_count.observe(now_s, meter.num_bytes, meter.active_s(now_s))
+        if not self.exchanging or self._failure is not None or self._closed:
+            return
+        if wanted != self._dispatch.num_streams:
+            _log.info("%s: pushes go over %d connections", self.target, wanted)
+            self._dispatch.num_streams = wanted
+            self._look_for_work()
+        # One that is still being closed would take the new one of its index for itself.
+        while len(self._stripes) < wanted and not self._retiring:
+            stripe = Stripe(self.target, self._access, len(self._stripes))
+            self._stripes.append(stripe)
+            stripe.tasks += [asyncio.create_task(self._exchange(stripe)), asyncio.create_task(self._probes(stripe))]
+        while self._dispatch.is_done(len(self._stripes) - 1):
+            retiring = asyncio.create_task(self._retire(self._stripes.pop()))
+            self._retiring.add(retiring)
+            retiring.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, stripe: Stripe) -> None:
+        for task in stripe.tasks:
+            task.cancel()
+        await asyncio.gather(*stripe.tasks, return_exceptions=True)
+        stripe.tasks.clear()
+        await stripe.close_channels()
+
+    def _look_for_work(self) -> None:
+        for stripe in self._stripes:
+            stripe.has_work.set()
+
+    async def _probes(self, stripe: Stripe) -> None:
+        """Find out when a connection without heartbeats is dead."""
         wait_s = self._heartbeat_s
         while True:
             await asyncio.sleep(wait_s)
             wait_s, sent_s = self._heartbeat_s, time.monotonic()
             try:
-                await self._heartbeat(self._silence.deadline_s)
+                await stripe.probe(stripe.silence.deadline_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    continue  # what refuses at once is alive, or the stream knows
+                wait_s = 0.0
+                if stripe.silence.lost(time.monotonic(), sent_s):
+                    stripe.replace_channel()
+            else:
+                stripe.silence.answered(time.monotonic() - sent_s)
+
+    async def _heartbeats(self, stripe: Stripe) -> None:
+        wait_s = self._heartbeat_s
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s, sent_s = self._heartbeat_s, time.monotonic()
+            try:
+                await self._heartbeat(stripe)
             except _LostHeartbeatError:
                 wait_s = 0.0
-                if self._silence.lost(time.monotonic(), sent_s):
-                    await self._replace_channel()
+                if (
+                    stripe.silence.lost(time.monotonic(), sent_s)
+                    and not stripe.replace_channel()
+                    and not self.exchanging
+                ):
+                    await stripe.close_channels(keep=1)
             except PacelineError as error:
                 if not error.retryable:
                     self._fail(error)
                     return
                 _log.debug("a heartbeat was refused: %s", error)
             else:
-                self._silence.answered(time.monotonic() - sent_s)
+                took_s = time.monotonic() - sent_s
+                stripe.silence.answered(took_s)
+                self._connection_count.round_trip(took_s)
 
-    async def _heartbeat(self, deadline_s: float) -> None:
+    async def _heartbeat(self, stripe: Stripe) -> None:
         """Renew the lease, or join again if it ran out."""
         request = pb.HeartbeatRequest(worker=self._worker, inner_step_us=self._inner_step_us())
         try:
-            answer = await self._stub.Heartbeat(request, timeout=deadline_s, metadata=self._access.metadata)
+            deadline_s, metadata = stripe.silence.deadline_s, self._access.metadata
+            answer = await stripe.stub.Heartbeat(request, timeout=deadline_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise _LostHeartbeatError from error
@@ -239,27 +323,10 @@ class ShardConnection:
             return
         self.inner_steps, self.active_workers = answer.inner_steps, answer.active_workers
 
-    async def _replace_channel(self) -> None:
-        """Go on over a new TCP connection; the stream, if there is one, is dropped and resumed there."""
-        self._channels.append(self._access.channel(self.target, EXCHANGE_PING_S))
-        self._stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
-        reason = "heartbeats were not answered, and nothing came or went: the connection is replaced"
-        if self._stream_dropped is not None and not self._stream_dropped.done():
-            self._stream_dropped.set_exception(UnavailableError(reason))
-            return
-        _log.info("%s: %s", self.target, reason)
-        if not self.exchanging:
-            await self._close_channels(keep=1)
-
-    async def _close_channels(self, keep: int = 0) -> None:
-        """Close all but so many of the newest; nothing may be using the others."""
-        closing, self._channels = self._channels[: len(self._channels) - keep], self._channels[-keep:] if keep else []
-        await asyncio.gather(*(channel.close() for channel in closing))
-
-    async def _exchange(self) -> None:
+    async def _exchange(self, stripe: Stripe) -> None:
         """Keep exchanging; whatever ends that for good reaches everybody who waits."""
         try:
-            await self._exchange_again_and_again()
+            await self._exchange_again_and_again(stripe)
         except NotInitializedError:
             self._fail(
                 NotInitializedError(
@@ -274,20 +341,20 @@ class ShardConnection:
             self._fail(PacelineError(f"the exchange with {self.target} failed: {error!r}"))
             raise
 
-    async def _exchange_again_and_again(self) -> None:
-        """Keep a stream open; everything unanswered is sent again on every new one.
+    async def _exchange_again_and_again(self, stripe: Stripe) -> None:
+        """Keep a stream open; what it had that is unanswered is sent again on every new one.
 
         Raises:
             PacelineError: The shard refuses this worker for good.
         """
         delays_s = backoff_s(self._jitter)
+        is_first = True
         while True:
-            self._answered_on_stream = False
             try:
-                await self._close_channels(keep=1)
-                if self.reconnects:
-                    await self._join()
-                await self._stream()
+                await stripe.close_channels(keep=1)
+                if not is_first:
+                    await self._join(stripe)
+                await self._stream(stripe)
                 reason = "the server ended the stream"
             except StorageFullError as error:
                 reason = str(error)
@@ -296,7 +363,8 @@ class ShardConnection:
                 if not error.retryable:
                     raise
                 reason = str(error)
-            if self._answered_on_stream:
+            is_first = False
+            if stripe.answered_on_stream:
                 self._storage_problem = None
                 delays_s = backoff_s(self._jitter)
             delay_s = next(delays_s)
@@ -309,19 +377,18 @@ class ShardConnection:
             self._storage_problem = problem
             _log.warning("%s takes no pushes until there is room on its disk; waiting: %s", self.target, problem)
 
-    async def _stream(self) -> None:
+    async def _stream(self, stripe: Stripe) -> None:
         """Serve one stream until it ends.
 
         Raises:
             PacelineError: Why it ended, if not in order.
         """
-        call: _Call = bulk.method(self._channels[-1], "Exchange")(metadata=self._access.metadata)
-        self._to_send = deque(self._unanswered.values())
-        self._silence.begin_stream()
+        call: _Call = bulk.method(stripe.channel, "Exchange")(metadata=self._access.metadata)
+        self._dispatch.begin_stream(stripe.index)
+        dropped = stripe.begin_stream()
         updates: _Updates = asyncio.Queue(maxsize=1)
-        work = (self._send(call), self._receive(call, updates), self._answer_all(updates))
+        work = (self._send(call, stripe), self._receive(call, stripe, updates), self._answer_all(stripe, updates))
         parts = {asyncio.create_task(part) for part in work}
-        dropped = self._stream_dropped = asyncio.get_running_loop().create_future()
         try:
             done, _ = await asyncio.wait({*parts, dropped}, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
@@ -333,22 +400,28 @@ class ShardConnection:
             metadata = await call.trailing_metadata()
             raise error_of_status(await call.code(), await call.details(), metadata, self.target) from error
         finally:
-            self._stream_dropped = None
-            if not dropped.cancel() and not dropped.cancelled():
-                dropped.exception()  # seen, should another part have ended the stream before it
+            stripe.end_stream()
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+            self._dispatch.end_stream(stripe.index)
+            self._meter.end_stream(time.monotonic(), stripe.index)
+            self._look_for_work()
             call.cancel()
 
-    async def _send(self, call: "_Call") -> None:
+    async def _send(self, call: "_Call", stripe: Stripe) -> None:
         if self._downlink is None:
             raise UnavailableError("the exchange has not begun")
-        opening = pb.ExchangeOpen(worker=self._worker, downlink=codecs.wire_value(self._downlink), report_received=True)
+        opening = pb.ExchangeOpen(
+            worker=self._worker,
+            downlink=codecs.wire_value(self._downlink),
+            report_received=True,
+            stream=stripe.index,
+        )
         await call.write(Bulk(pb.ExchangeRequest(open=opening), b""))
         while True:
-            while self._to_send:
-                push = self._to_send.popleft().push
+            while (key := self._dispatch.take(stripe.index)) is not None:
+                push = self._unanswered[key].push
                 held = self._held.get(push.fragment)
                 announced: pb.Push | None = pb.Push(
                     fragment=push.fragment,
@@ -359,26 +432,44 @@ class ShardConnection:
                     tokens=push.tokens,
                     held_version=None if held is None else held.version,
                 )
-                for piece in pieces(push.outer_gradient.payload, self._silence.piece_size):
-                    self._silence.wrote(time.monotonic(), len(piece))
+                for piece in pieces(push.outer_gradient.payload, stripe.silence.piece_size):
+                    wait_s = self._pace.take(time.monotonic(), len(piece))
+                    if wait_s:
+                        await asyncio.sleep(wait_s)
+                    now_s = time.monotonic()
+                    stripe.silence.wrote(now_s, len(piece))
+                    self._meter.under_way(now_s, stripe.index, "up", is_so=True)
                     await call.write(Bulk(pb.ExchangeRequest(push=announced), piece))
                     announced = None
-            self._has_work.clear()
-            await self._has_work.wait()
+            stripe.has_work.clear()
+            await stripe.has_work.wait()
 
-    async def _receive(self, call: "_Call", updates: "_Updates") -> None:
+    def _arrived(self, stripe: Stripe, total_bytes: int) -> None:
+        """Note that the shard has got so many payload bytes since the stream began."""
+        now_s = time.monotonic()
+        more_bytes = stripe.silence.arrived(now_s, total_bytes)
+        self._meter.moved(now_s, stripe.index, "up", more_bytes, more_follows=stripe.silence.is_sending)
+        self._dispatch.arrived(stripe.index, total_bytes)
+        if self._dispatch.is_waiting:
+            self._look_for_work()
+
+    async def _receive(self, call: "_Call", stripe: Stripe, updates: "_Updates") -> None:
         receiver, announced = Receiver(), None
         try:
+            await call.initial_metadata()
+            self._dispatch.opened(stripe.index)
+            self._look_for_work()
             async for message, data in call:
                 now_s = time.monotonic()
                 if message.HasField("received_bytes"):
-                    self._silence.arrived(now_s, message.received_bytes)
+                    self._arrived(stripe, message.received_bytes)
                     continue
                 if message.HasField("update"):
                     announced = message.update
                     receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
                 assembly = receiver.add(data)
-                self._silence.received(now_s, more_follows=assembly is None)
+                stripe.silence.received(now_s, more_follows=assembly is None)
+                self._meter.moved(now_s, stripe.index, "down", len(data), more_follows=assembly is None)
                 if assembly is not None and announced is not None:
                     await updates.put((announced, assembly))
                 del data, assembly
@@ -386,10 +477,11 @@ class ShardConnection:
             # The error that ends a stream holds this frame until a full collection; the payload must not stay as long.
             del receiver, announced
 
-    async def _answer_all(self, updates: "_Updates") -> None:
-        """Answer one update after the other, while those behind it are received."""
+    async def _answer_all(self, stripe: Stripe, updates: "_Updates") -> None:
+        """Take in one update of a stream after the other, while those behind it are received."""
         while True:
             await self._answer(*await updates.get())
+            stripe.answered_on_stream = True
 
     async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
         """Decode an update beside the loop and hand it to whoever waits.
@@ -397,7 +489,7 @@ class ShardConnection:
         A second answer to one push is dropped, unless later ones will be differences to it.
         """
         fragment = announced.fragment
-        unanswered = self._unanswered.get((fragment, announced.seq))
+        unanswered = self._unanswered.get(PushKey(fragment, announced.seq))
         if (unanswered is None or unanswered.update.done()) and not announced.HasField("version"):
             self._held.pop(fragment, None)
             return
@@ -407,7 +499,6 @@ class ShardConnection:
         followed = await in_codec_thread(follow, announced, assembly.codec, payload, sizes, held)
         if followed.held is not None:
             self._held[fragment] = followed.held
-        self._answered_on_stream = True
         if unanswered is None or unanswered.update.done():
             return
         unanswered.update.set_result(

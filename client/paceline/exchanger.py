@@ -20,6 +20,7 @@ from paceline.channels import Access
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import OutgoingPush
 from paceline.fragments import manifest_of
+from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
 from paceline.loop import exchange_loop
 from paceline.session import Session, new_worker, open_session
@@ -65,6 +66,7 @@ class ExchangeSettings:
         overlap: What to do while a push is under way.
         uplink: Name of the codec of pushes.
         downlink: Name of the codec of updates.
+        link: How it uses its link.
     """
 
     worker_id: str
@@ -72,6 +74,7 @@ class ExchangeSettings:
     overlap: Overlap
     uplink: str | None
     downlink: str | None
+    link: LinkSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +112,7 @@ class Exchanger:
         self._loop = exchange_loop()
         self._session: Session | None = None
         try:
-            session = self._wait_for(open_session(address, settings.access))
+            session = self._wait_for(open_session(address, settings.access, link=settings.link))
             self._session = session
             exchange = session.configuration.exchange
             self._uplink = codecs.codec(settings.uplink) if settings.uplink else codecs.codec_of_wire(exchange.uplink)
@@ -152,10 +155,14 @@ class Exchanger:
         """How often a connection was lost and resumed, over all shards."""
         return sum(connection.reconnects for connection in self._connected().connections)
 
-    def report_speed(self, inner_step_s: float) -> None:
-        """Tell the server, with the next messages, the mean seconds of recent inner steps."""
-        for connection in self._connected().connections:
-            connection.inner_step_s = inner_step_s
+    @property
+    def connections(self) -> int:
+        """TCP connections that pushes go over, over all shards."""
+        return sum(connection.num_connections for connection in self._connected().connections)
+
+    def report_speed(self, inner_step_s: float, inner_steps: int) -> None:
+        """Tell the server, with the next messages, the mean seconds of recent inner steps, so many to a round."""
+        self._connected().report_speed(inner_step_s, inner_steps, self._uplink)
 
     def begin_round(self, ended: EndedRound) -> "Future[None]":
         """Exchange a round that has ended; done when all is answered."""

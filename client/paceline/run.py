@@ -18,6 +18,7 @@ import torch
 from paceline.channels import TLS, Access
 from paceline.exchanger import Exchanger, ExchangeSettings
 from paceline.fragments import exchanged
+from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
 from paceline.worker import Overlap, StepTime
 from paceline.worker_state import SavedWorker
@@ -44,6 +45,7 @@ class Stats:
         pushes: Pushes answered, over all fragments.
         pushes_refused: Those that the server refused.
         reconnects: How often a connection was lost and resumed.
+        connections: TCP connections that pushes go over, over all shards.
         inner_steps: Inner steps in the current round.
     """
 
@@ -56,6 +58,7 @@ class Stats:
     pushes: int
     pushes_refused: int
     reconnects: int
+    connections: int
     inner_steps: int
 
 
@@ -127,6 +130,7 @@ class Run:
             pushes=traffic.pushes,
             pushes_refused=traffic.pushes_refused,
             reconnects=self._exchanger.reconnects,
+            connections=self._exchanger.connections,
             inner_steps=self.inner_steps,
         )
 
@@ -224,7 +228,7 @@ class Run:
     def _end_round(self) -> None:
         """Hand the round over and go on at once."""
         if self._step_time.mean_s is not None:
-            self._exchanger.report_speed(self._step_time.mean_s)
+            self._exchanger.report_speed(self._step_time.mean_s, self.inner_steps)
         if self._local_momentum is None:
             ended = self._worker.end_round()
         else:
@@ -263,6 +267,8 @@ def join(
     uplink: str | None = None,
     downlink: str | None = None,
     overlap: str = "eager",
+    connections: int | str | None = None,
+    max_uplink_mbit: float | None = None,
 ) -> Run:
     """Join a run with a model and the optimizer that trains it.
 
@@ -283,6 +289,8 @@ def join(
         downlink: Codec of updates; None: as the server says.
         overlap: "eager": never wait while the window has room, and see own work at once; "delayed": the same, but own
             work shows when its answer comes; "blocking": wait for every answer.
+        connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.
+        max_uplink_mbit: Mbit/s that pushes may take, to all shards together; None: as the server says.
 
     Returns:
         The run, a context manager.
@@ -311,6 +319,7 @@ def join(
         overlap=Overlap(overlap),
         uplink=uplink,
         downlink=downlink,
+        link=LinkSettings(connections=connections, max_uplink_mbit=max_uplink_mbit),
     )
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     persistent = model.state_dict(keep_vars=True).keys()

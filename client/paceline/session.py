@@ -13,6 +13,7 @@ from paceline.channels import Access, error_of, split_address
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import ShardConnection
 from paceline.initialization import Initialization
+from paceline.link_settings import LinkSettings
 from paceline.worker_state import Progress
 from paceline_wire import bulk, codecs
 from paceline_wire.codecs.base import Codec
@@ -46,9 +47,12 @@ class Session:
         access: TLS and token.
         description: What the run's shard of index 0 said.
         targets: "host:port" of every shard, in order.
+        link: How this worker wants to use its link.
     """
 
-    def __init__(self, access: Access, description: pb.DescribeResponse, targets: list[str]) -> None:
+    def __init__(
+        self, access: Access, description: pb.DescribeResponse, targets: list[str], link: LinkSettings
+    ) -> None:
         self.configuration = description.configuration
         self.fragment_elements = int(description.fragment_elements)
         self.targets = targets
@@ -57,6 +61,8 @@ class Session:
         self.worker = pb.Worker()
         self.connections: list[ShardConnection] = []
         self._access = access
+        self._link = link
+        self._pace = link.pace(self.configuration.exchange)
         self._channels = [access.channel(target) for target in targets]
         self._stubs = [pb_grpc.ParameterServerServiceStub(channel) for channel in self._channels]
 
@@ -80,7 +86,7 @@ class Session:
 
     async def _join_as(self, worker: pb.Worker) -> None:
         self.worker = worker
-        self.connections = [ShardConnection(target, self._access, worker) for target in self.targets]
+        self.connections = [ShardConnection(target, self._access, worker, self._pace) for target in self.targets]
         joins = (persistently(connection.join, REACH_S) for connection in self.connections)
         ends = await asyncio.gather(*joins, return_exceptions=True)
         failures = [end for end in ends if isinstance(end, BaseException)]
@@ -105,10 +111,30 @@ class Session:
 
     def begin_exchange(self, downlink: Codec) -> None:
         """Open the exchange streams that are not open yet; updates are written as downlink says."""
-        predicted = self.configuration.exchange.own_weight == "predicted"
-        for connection in self.connections:
+        exchange, manifest = self.configuration.exchange, self.require_manifest()
+        for shard, connection in enumerate(self.connections):
             if not connection.exchanging:
-                connection.begin_exchange(self.require_manifest(), downlink, momentum_follows=predicted)
+                num_fragments = len(manifest.fragments[shard :: len(self.connections)])
+                connection.begin_exchange(
+                    manifest,
+                    downlink,
+                    momentum_follows=exchange.own_weight == "predicted",
+                    connection_count=self._link.connection_count(exchange, num_fragments),
+                )
+
+    def report_speed(self, inner_step_s: float, inner_steps: int, uplink: Codec) -> None:
+        """Tell the shards, with the next messages, the mean seconds of recent inner steps, and spread pushes over them.
+
+        Args:
+            inner_step_s: The seconds.
+            inner_steps: How many of them make a round.
+            uplink: How pushes are written.
+        """
+        for connection in self.connections:
+            connection.inner_step_s = inner_step_s
+        if self.configuration.exchange.spread:
+            sizes = (uplink.encoded_bytes(fragment.num_elements) for fragment in self.require_manifest().fragments)
+            self._pace.spread(sum(sizes), inner_steps * inner_step_s)
 
     def connection_of(self, fragment: int) -> ShardConnection:
         """The member's connection to the shard on which a fragment lives."""
@@ -206,13 +232,16 @@ class Session:
         )
 
 
-async def open_session(address: str, access: Access, reach_s: float = REACH_S) -> Session:
+async def open_session(
+    address: str, access: Access, reach_s: float = REACH_S, link: LinkSettings | None = None
+) -> Session:
     """Find a run from any one of its shards.
 
     Args:
         address: "host:port" of a shard.
         access: TLS and token.
         reach_s: Seconds to go on trying while the shard cannot be reached.
+        link: How this worker wants to use its link; None: as the server says.
 
     Raises:
         UnavailableError: The shard could not be reached in that time.
@@ -229,7 +258,7 @@ async def open_session(address: str, access: Access, reach_s: float = REACH_S) -
     targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
     if description.shard_index < len(targets):
         targets[description.shard_index] = address  # the way that works, through forwarded ports and relays, too
-    return Session(access, description, targets)
+    return Session(access, description, targets, link or LinkSettings())
 
 
 def new_worker(worker_id: str) -> pb.Worker:

@@ -52,15 +52,21 @@ class Silence:
             self._moved_s = now
         self._written.append(num_bytes)
 
-    def arrived(self, now: float, total_bytes: int) -> None:
-        """Note that the peer has got so many payload bytes since the stream began."""
-        count = 0
+    @property
+    def is_sending(self) -> bool:
+        """Whether messages were written that have not arrived."""
+        return bool(self._written)
+
+    def arrived(self, now: float, total_bytes: int) -> int:
+        """Note that the peer has got so many payload bytes since the stream began; returns how many are new."""
+        count, before_bytes = 0, self._arrived_bytes
         while self._written and self._arrived_bytes + self._written[0] <= total_bytes:
             self._arrived_bytes += self._written.popleft()
             count += 1
         if count:
             self.piece_size.observe((now - self._moved_s) / count)
         self._moved_s = now
+        return self._arrived_bytes - before_bytes
 
     def received(self, now: float, *, more_follows: bool) -> None:
         """Note that a message came, and whether the payload that it is part of goes on."""

@@ -126,13 +126,29 @@ class ExchangeConfig(Section):
         description="Rounds that a worker may have in flight before it waits. Under barrier and quorum, more than one "
         "makes a worker push twice to a bin, or late to the one before.",
     )
+    connections: Literal["auto", "1", "2", "3", "4", "5", "6", "7", "8"] = Field(
+        default="auto",
+        description="TCP connections of a worker to each shard. auto: one, and over long links as many as make the "
+        "exchange faster, which is tried.",
+    )
+    max_uplink_mbit: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Mbit/s that a worker's pushes may take, to all shards together. Left out: no limit.",
+    )
+    spread: bool = Field(
+        default=False,
+        description="Let workers spread a round's pushes over the inner steps of the next round, instead of sending "
+        "them as fast as the link takes them.",
+    )
     buffer_mib: int = Field(
         default=DEFAULT_BUFFER_MIB,
         ge=1,
         le=MAX_BUFFER_MIB,
         description="MiB that a shard may take beside its state, however slow the links: 32 for its work, 6 for each "
-        "connected worker, and the rest, but at least a quarter, for pushes and updates under way, which wait for each "
-        "other's room. At least twice the largest payload.",
+        "connection of a worker, and the rest, but at least a quarter, for pushes and updates under way, which wait "
+        "for each other's room. At least twice the largest payload.",
     )
     reference_mib: int = Field(
         default=DEFAULT_REFERENCE_MIB,
@@ -142,6 +158,11 @@ class ExchangeConfig(Section):
         "parameter of the shard and worker. Beyond that, what workers without a connection hold is dropped, and "
         "where there are none, the others' updates are sent whole, in bf16.",
     )
+
+    @field_validator("connections", mode="before")
+    @classmethod
+    def _connections_may_be_a_number(cls, connections: object) -> object:
+        return str(connections) if type(connections) is int else connections
 
     @field_validator("own_weight", mode="before")
     @classmethod

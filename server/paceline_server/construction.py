@@ -91,5 +91,8 @@ def run_configuration(config: ServerConfig) -> pb.RunConfiguration:
             dynamic_inner_steps=exchange.dynamic_inner_steps,
             own_weight=exchange.own_weight,
             window=exchange.window,
+            connections=0 if exchange.connections == "auto" else int(exchange.connections),
+            max_uplink_mbit=exchange.max_uplink_mbit,
+            spread=exchange.spread,
         ),
     )

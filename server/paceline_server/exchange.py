@@ -30,7 +30,7 @@ MAX_PROCESSING = 4
 MAX_UNSENT = 4
 """Updates that may wait for the link before the stream stops reading."""
 
-REPORT_S = 0.05
+REPORT_S = 0.01
 """Seconds between reports of what has arrived: soon enough for whoever judges a link, and on a fast one a report for
 each message would cost as much as the messages of the updates."""
 
@@ -45,7 +45,7 @@ class _Incoming(NamedTuple):
 
 
 class Received:
-    """Tells the worker how much has arrived, some times a second, and never holds up the reading."""
+    """Tells the worker how much has arrived, but not for each message, and never holds up the reading."""
 
     def __init__(self, write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]]) -> None:
         self._write = write
@@ -75,6 +75,7 @@ class ExchangeStream:
         worker: Who is at the other end.
         downlink: How its updates are to be written.
         write: Sends one message; returns when gRPC has room for the next.
+        index: Which of the worker's streams it is.
         report_received: Whether the worker wants to know how much has arrived.
     """
 
@@ -85,9 +86,11 @@ class ExchangeStream:
         downlink: Codec,
         write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]],
         *,
+        index: int = 0,
         report_received: bool = False,
     ) -> None:
         self.worker = worker
+        self.index = index
         self._downlink = downlink
         self._engine = engine
         self._write = write

@@ -7,11 +7,13 @@ Why a worker and the shard always mean the same values:
    here when its update is queued and there when it has come, by the same operations on the same bytes.
 3. When a stream ends, updates may be lost. With its first push to a fragment on the next one, a worker names the
    version that it holds; if that is not the one kept here, nothing is kept, and the next update is whole.
+4. Of several streams of a worker one has the fragment: it comes to another by a push that names what the worker holds,
+   as in 3. An update that is queued on the one before from then on moves nothing.
 
 An encoding that is not queued, because its stream has ended or what the worker holds has moved since, moves nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,60 +60,91 @@ class Form:
     kept: bool = False
 
 
-class Holding:
-    """What one worker holds, while its stream is open and for a while afterwards. Made by `Holdings.begin`."""
+class Kept:
+    """What is kept of one worker's incarnation, whichever of its streams brought it."""
 
-    def __init__(self, all_of_them: "Holdings", incarnation: int, kept: Mapping[int, Held]) -> None:
+    def __init__(self, incarnation: int) -> None:
         self.incarnation = incarnation
-        self.is_open = True
-        self._all = all_of_them
-        self._kept = dict(kept)
-        self._named: set[int] = set()
+        self.by_fragment: dict[int, Held] = {}
+        self.named_on: dict[int, Holding] = {}
+        self.streams: set[Holding] = set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any of the worker's streams is."""
+        return bool(self.streams)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all that is kept."""
-        return sum(_bytes_of(held) for held in self._kept.values())
+        return sum(_bytes_of(held) for held in self.by_fragment.values())
+
+
+class Holding:
+    """What one worker holds, as one of its streams knows it. Made by `Holdings.begin`.
+
+    A fragment belongs to the stream on which a push named last what the worker holds of it: a client pushes it on
+    another one only when nothing of it is under way.
+    """
+
+    def __init__(self, all_of_them: "Holdings", kept: Kept) -> None:
+        self._all = all_of_them
+        self._kept = kept
+        kept.streams.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the stream is."""
+        return self in self._kept.streams
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is kept of the worker."""
+        return self._kept.num_bytes
 
     def name(self, fragment: int, version: int | None) -> None:
-        """Learn from a push what the worker holds; the first one to a fragment on a stream counts."""
-        if fragment in self._named:
+        """Learn from a push what the worker holds; the first one to a fragment counts since it came to this stream."""
+        if self._kept.named_on.get(fragment) is self:
             return
-        self._named.add(fragment)
-        held = self._kept.get(fragment)
+        held = self._kept.by_fragment.get(fragment)
+        self._kept.named_on[fragment] = self
         if held is not None and held.version != version:
             self.keep(fragment, None)
 
     def held(self, fragment: int) -> Held | None:
         """What the worker holds of a fragment for certain; None if that is not known."""
-        return self._kept.get(fragment) if fragment in self._named else None
+        return self._kept.by_fragment.get(fragment) if self._kept.named_on.get(fragment) is self else None
 
     def form(self, fragment: int, downlink: Codec, num_elements: int) -> Form:
         """How the next update of a fragment with num_elements is written, where differences are in downlink."""
         since = self.held(fragment)
         if since is not None:
             return Form(codec=downlink, since=since)
-        return Form(codec=whole_codec(downlink), kept=self.is_open and self._all.make_room(4 * num_elements))
+        kept = self._has(fragment) and self._all.make_room(4 * num_elements)
+        return Form(codec=whole_codec(downlink), kept=kept)
 
     def keep(self, fragment: int, held: Held | None) -> None:
         """Note what the worker holds once it has the update that was queued last; None: that is not kept."""
-        self._all.replace(self._kept.pop(fragment, None), None)
-        if held is not None and self.is_open and self._all.make_room(_bytes_of(held)):
+        if not self._has(fragment):
+            return
+        self._all.replace(self._kept.by_fragment.pop(fragment, None), None)
+        if held is not None and self._all.make_room(_bytes_of(held)):
             self._all.replace(None, held)
-            self._kept[fragment] = held
+            self._kept.by_fragment[fragment] = held
+
+    def _has(self, fragment: int) -> bool:
+        """Whether what is kept of a fragment is this stream's to change."""
+        return self.is_open and self._kept.named_on.get(fragment, self) is self
 
     def end(self) -> None:
         """Note that the stream has ended: what is kept may be dropped when others need the room."""
-        if self.is_open:
-            self.is_open = False
-            self._all.note_idle(self)
-
-    def give_up(self) -> dict[int, Held]:
-        """Keep nothing any more; returns what was kept."""
-        kept, self._kept, self.is_open = self._kept, {}, False
-        for held in kept.values():
-            self._all.replace(held, None)
-        return kept
+        if not self.is_open:
+            return
+        self._kept.streams.discard(self)
+        # What was queued here may be lost: the next push says anew what the worker holds.
+        for fragment in [fragment for fragment, stream in self._kept.named_on.items() if stream is self]:
+            del self._kept.named_on[fragment]
+        self._all.note_idle(self._kept)
 
 
 class Holdings:
@@ -127,29 +160,30 @@ class Holdings:
     def __init__(self, capacity_bytes: int) -> None:
         self.num_bytes = 0
         self._capacity_bytes = capacity_bytes
-        self._by_worker: dict[str, Holding] = {}
+        self._by_worker: dict[str, Kept] = {}
 
     def begin(self, worker: str, incarnation: int) -> Holding:
-        """What a worker holds, for its new stream; an older one of it keeps nothing any more."""
-        older = self._by_worker.pop(worker, None)
-        kept = {} if older is None else older.give_up()
-        if older is not None and older.incarnation != incarnation:
-            kept = {}
-        for held in kept.values():
-            self.replace(None, held)
-        holding = self._by_worker[worker] = Holding(self, incarnation, kept)
-        return holding
+        """What a worker holds, for a new stream of it; of an earlier incarnation nothing is kept any more."""
+        kept = self._by_worker.get(worker)
+        if kept is None or kept.incarnation != incarnation:
+            if kept is not None:
+                self._drop(worker)
+            kept = Kept(incarnation)
+        # Last again, should it have been idle.
+        self._by_worker.pop(worker, None)
+        self._by_worker[worker] = kept
+        return Holding(self, kept)
 
-    def of(self, worker: str) -> Holding | None:
+    def of(self, worker: str) -> Kept | None:
         """What is kept of a worker; None if nothing is."""
         return self._by_worker.get(worker)
 
     def make_room(self, num_bytes: int) -> bool:
         """Whether so much more can be kept, if need be instead of what idle workers hold."""
-        for worker, holding in list(self._by_worker.items()):
+        for worker, kept in list(self._by_worker.items()):
             if self.num_bytes + num_bytes <= self._capacity_bytes:
                 break
-            if not holding.is_open:
+            if not kept.is_open:
                 self._drop(worker)
         return self.num_bytes + num_bytes <= self._capacity_bytes
 
@@ -157,20 +191,25 @@ class Holdings:
         """Count what a holding keeps."""
         self.num_bytes += (0 if new is None else _bytes_of(new)) - (0 if old is None else _bytes_of(old))
 
-    def note_idle(self, holding: Holding) -> None:
-        """Make a holding whose stream has ended the last to be dropped."""
+    def note_idle(self, kept: Kept) -> None:
+        """Make a worker whose last stream has ended the last to be dropped."""
         for worker, each in list(self._by_worker.items()):
-            if each is holding:
+            if each is kept and not kept.is_open:
                 self._by_worker[worker] = self._by_worker.pop(worker)
 
     def keep_only(self, is_member: Callable[[str, int], bool]) -> None:
         """Drop what idle workers hold that are no longer members, given their names and incarnations."""
-        for worker, holding in list(self._by_worker.items()):
-            if not holding.is_open and not is_member(worker, holding.incarnation):
+        for worker, kept in list(self._by_worker.items()):
+            if not kept.is_open and not is_member(worker, kept.incarnation):
                 self._drop(worker)
 
     def _drop(self, worker: str) -> None:
-        self._by_worker.pop(worker).give_up()
+        kept = self._by_worker.pop(worker)
+        for held in kept.by_fragment.values():
+            self.replace(held, None)
+        kept.by_fragment.clear()
+        kept.named_on.clear()
+        kept.streams.clear()
 
 
 def _bytes_of(held: Held) -> int:

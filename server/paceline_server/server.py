@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
-from paceline_server.buffers import MIB, Buffers, shortage
+from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
 from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
@@ -80,7 +80,7 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
-            buffers=Buffers(config.exchange.buffer_mib * MIB),
+            buffers=Buffers(config.exchange.buffer_mib * MIB, work_bytes=work_bytes(config)),
             holdings=Holdings(config.exchange.reference_mib * MIB),
             evidence=_evidence_keeper(config, index),
         )

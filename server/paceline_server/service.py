@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
+from paceline_server.streams import MAX_STREAMS
 from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
@@ -258,6 +259,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 break
             if self._draining:
                 raise UnavailableError("the server is stopping")
+            if message.open.stream >= MAX_STREAMS:
+                raise InvalidInputError(
+                    f"stream {message.open.stream} was opened; a worker has at most {MAX_STREAMS}, counted from 0"
+                )
             worker = message.open.worker
             self._engine.shard.refuse_uninitialized()
             self._engine.refuse_when_full()
@@ -267,6 +272,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 worker,
                 self._downlink(message.open.downlink),
                 context.write,
+                index=message.open.stream,
                 report_received=message.open.report_received,
             )
         raise InvalidInputError("an exchange stream begins with `open`")

@@ -65,7 +65,20 @@ class TestModel:
         assert (config.host, config.port, config.shards, config.advertise_host) == ("127.0.0.1", 7070, 1, "")
         assert (config.outer.rule, config.outer.lr, config.outer.momentum) == ("ormo", 0.7, 0.5)
         assert tuple(config.schedule.model_dump().values()) == ("async", None, None, 30.0)
-        assert tuple(config.exchange.model_dump().values()) == ("int4", "bf16", 4_194_304, 50, True, "1", 1, 512, 4096)
+        assert tuple(config.exchange.model_dump().values()) == (
+            "int4",
+            "bf16",
+            4_194_304,
+            50,
+            True,
+            "1",
+            1,
+            "auto",
+            None,
+            False,
+            512,
+            4096,
+        )
         assert config.security.accepted_tokens() == ()
 
     def test_frozen(self) -> None:

@@ -8,7 +8,8 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 class FakeStream:
     """A stream that notes how it was ended."""
 
-    def __init__(self, worker_id: str, incarnation: int = 1) -> None:
+    def __init__(self, worker_id: str, incarnation: int = 1, index: int = 0) -> None:
+        self.index = index
         self.worker = pb.Worker(worker_id=worker_id, incarnation=incarnation)
         self.ended: list[PacelineError] = []
 
@@ -30,6 +31,29 @@ def test_a_newer_stream_of_a_worker_ends_the_older() -> None:
     assert "newer stream" in str(older.ended[0])
     assert not other.ended
     assert not newer.ended
+
+
+def test_streams_of_other_indexes_go_on() -> None:
+    """A worker's streams stand beside each other; each is superseded by the next of its own index only."""
+    streams, first, second, newer = OpenStreams(), FakeStream("a"), FakeStream("a", index=1), FakeStream("a", index=1)
+    for stream in (first, second, newer):
+        streams.add(stream)
+    assert len(second.ended) == 1
+    assert not first.ended
+    assert not newer.ended
+
+
+def test_a_newer_incarnation_ends_all_streams() -> None:
+    """Nothing is taken from an earlier start of a worker, whichever of its streams it would come by."""
+    streams, newer = OpenStreams(), FakeStream("a", 2, index=1)
+    older = [FakeStream("a", 1, index=index) for index in range(3)]
+    for stream in (*older, newer):
+        streams.add(stream)
+    assert [len(stream.ended) for stream in older] == [1, 1, 1]
+    assert not newer.ended
+    streams.discard(older[1])
+    streams.keep_only(lambda _: NotAMemberError("join again"))
+    assert [len(stream.ended) for stream in (*older, newer)] == [1, 1, 1, 1]
 
 
 def test_a_newer_incarnation_is_named() -> None:

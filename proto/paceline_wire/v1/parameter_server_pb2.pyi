@@ -306,6 +306,9 @@ class ExchangeConfiguration(_message.Message):
     DYNAMIC_INNER_STEPS_FIELD_NUMBER: _builtins.int
     OWN_WEIGHT_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    MAX_UPLINK_MBIT_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
     uplink: Global___Codec.ValueType
     """Codec of pushes."""
     downlink: Global___Codec.ValueType
@@ -321,6 +324,14 @@ class ExchangeConfiguration(_message.Message):
     """
     window: _builtins.int
     """Rounds that a worker may have in flight before it waits."""
+    connections: _builtins.int
+    """Exchange streams, each on a TCP connection of its own, that a worker opens to each shard. 0: as many as it finds
+    useful, at most 8. Absent: one; the shard knows of no more.
+    """
+    max_uplink_mbit: _builtins.float
+    """Mbit/s that a worker's pushes may take, to all shards together. Absent: no limit."""
+    spread: _builtins.bool
+    """True when workers are to spread a round's pushes over the inner steps of the next round."""
     def __init__(
         self,
         *,
@@ -330,12 +341,22 @@ class ExchangeConfiguration(_message.Message):
         dynamic_inner_steps: _builtins.bool = ...,
         own_weight: _builtins.str = ...,
         window: _builtins.int = ...,
+        connections: _builtins.int | None = ...,
+        max_uplink_mbit: _builtins.float | None = ...,
+        spread: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_connections", b"_connections", "_max_uplink_mbit", b"_max_uplink_mbit", "connections", b"connections", "max_uplink_mbit", b"max_uplink_mbit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "dynamic_inner_steps", b"dynamic_inner_steps", "inner_steps", b"inner_steps", "own_weight", b"own_weight", "uplink", b"uplink", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_connections", b"_connections", "_max_uplink_mbit", b"_max_uplink_mbit", "connections", b"connections", "downlink", b"downlink", "dynamic_inner_steps", b"dynamic_inner_steps", "inner_steps", b"inner_steps", "max_uplink_mbit", b"max_uplink_mbit", "own_weight", b"own_weight", "spread", b"spread", "uplink", b"uplink", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__connections: _TypeAlias = _typing.Literal["connections"]  # noqa: Y015
+    _WhichOneofArgType__connections: _TypeAlias = _typing.Literal["_connections", b"_connections"]  # noqa: Y015
+    _WhichOneofReturnType__max_uplink_mbit: _TypeAlias = _typing.Literal["max_uplink_mbit"]  # noqa: Y015
+    _WhichOneofArgType__max_uplink_mbit: _TypeAlias = _typing.Literal["_max_uplink_mbit", b"_max_uplink_mbit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__connections) -> _WhichOneofReturnType__connections | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_uplink_mbit) -> _WhichOneofReturnType__max_uplink_mbit | None: ...
 
 Global___ExchangeConfiguration: _TypeAlias = ExchangeConfiguration  # noqa: Y015
 
@@ -1003,12 +1024,18 @@ class ExchangeOpen(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     DOWNLINK_FIELD_NUMBER: _builtins.int
     REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
     downlink: Global___Codec.ValueType
     """How updates are to be written. CODEC_UNSPECIFIED: as the configuration says. With CODEC_INT8 and CODEC_INT4 they are
     differences to what the worker holds, as far as the shard keeps it; see Update.difference_to.
     """
     report_received: _builtins.bool
     """True asks for messages with received_bytes, by which the caller sees that an upload moves."""
+    stream: _builtins.int
+    """Which of the worker's streams this is, from 0, at most 7. A newer stream of the same index supersedes the older one.
+    Pushes of one fragment that are unanswered at the same time MUST be on one stream, and those that a stream left
+    unanswered MUST be sent again on the next one of its index.
+    """
     @_builtins.property
     def worker(self) -> Global___Worker:
         """Who pushes. MUST have joined with this incarnation."""
@@ -1019,10 +1046,11 @@ class ExchangeOpen(_message.Message):
         worker: Global___Worker | None = ...,
         downlink: Global___Codec.ValueType = ...,
         report_received: _builtins.bool = ...,
+        stream: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "report_received", b"report_received", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downlink", b"downlink", "report_received", b"report_received", "stream", b"stream", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,98 @@
+"""How many connections are kept, over simulated links: as many as pay, and no more."""
+
+from collections.abc import Callable
+
+import pytest
+
+from paceline.connection_count import RETRY_S, ConnectionCount, Meter
+
+
+def play(counts: ConnectionCount, rate: Callable[[int], float], seconds: int, *, began_s: float = 0.0) -> list[int]:
+    """Move bytes at the rate that so many connections have together, second by second; the counts."""
+    chosen, num_bytes = [], 0.0
+    for second in range(seconds):
+        num_bytes += rate(counts.count)
+        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second))
+    return chosen
+
+
+def window_limited(count: int) -> float:
+    """1 Gbit/s, 100 ms, and buffers that carry 220 Mbit/s a connection."""
+    return min(count * 27e6, 105e6)
+
+
+def long_link(fixed: int | None = None, most: int = 24) -> ConnectionCount:
+    """A count for a link with a round trip of 100 ms."""
+    counts = ConnectionCount(fixed, most)
+    counts.round_trip(0.1)
+    return counts
+
+
+def test_it_doubles_while_that_pays_and_goes_back_from_what_does_not() -> None:
+    """Four connections fill the link; eight are tried once and given up."""
+    chosen = play(long_link(), window_limited, 60)
+    assert sorted(set(chosen)) == [1, 2, 4, 8]
+    assert set(chosen[-30:]) == {4}
+
+
+def test_a_full_link_keeps_one() -> None:
+    """Where one connection fills the link, two are tried and given up."""
+    chosen = play(long_link(), lambda _: 11e6, 60)
+    assert set(chosen) == {1, 2}
+    assert set(chosen[-30:]) == {1}
+
+
+def test_losses_make_all_of_them_pay() -> None:
+    """Where each connection is slow on its own account, as many as may be are kept."""
+    assert play(long_link(), lambda count: count * 0.7e6, 60)[-1] == 8
+
+
+@pytest.mark.parametrize("took_s", [0.0002, 0.004])
+def test_short_round_trips_are_left_alone(took_s: float) -> None:
+    """Loopback and local networks pay for no second connection."""
+    counts = ConnectionCount(None, 24)
+    counts.round_trip(took_s)
+    counts.round_trip(0.3)
+    assert set(play(counts, window_limited, 60)) == {1}
+
+
+def test_nothing_is_tried_before_the_round_trip_is_known() -> None:
+    """The first measurement is that of a link that is known to be long."""
+    assert set(play(ConnectionCount(None, 24), window_limited, 60)) == {1}
+
+
+def test_a_number_is_kept() -> None:
+    """Whoever says how many gets so many, though never more than there are fragments."""
+    assert set(play(long_link(fixed=3), window_limited, 60)) == {3}
+    assert long_link(fixed=6, most=2).count == 2
+    assert max(play(long_link(most=2), window_limited, 60)) == 2
+
+
+def test_a_link_that_became_wider_is_found_after_a_while() -> None:
+    """What did not pay is tried again, rarely."""
+    counts = long_link()
+    assert play(counts, lambda _: 11e6, 60)[-1] == 1
+    chosen = play(counts, window_limited, int(RETRY_S) + 60, began_s=60.0)
+    assert set(chosen[: int(RETRY_S) - 60]) == {1}
+    assert chosen[-1] == 4
+
+
+def test_a_link_that_became_narrower_needs_fewer() -> None:
+    """Half as many are tried as well, and kept if they do."""
+    counts = long_link()
+    assert play(counts, window_limited, 60)[-1] == 4
+    assert play(counts, lambda _: 11e6, int(RETRY_S) + 60, began_s=60.0)[-1] == 1
+
+
+def test_only_time_in_which_bytes_move_counts() -> None:
+    """Waiting for a bin to close, or for the next round, makes a link no slower."""
+    meter = Meter()
+    meter.under_way(10.0, 0, "up", is_so=True)
+    meter.under_way(10.5, 1, "down", is_so=True)
+    meter.moved(11.0, 0, "up", 100, more_follows=False)
+    meter.moved(12.0, 1, "down", 50, more_follows=False)
+    assert (meter.num_bytes, meter.active_s(100.0)) == (150, 2.0)
+    meter.under_way(101.0, 0, "up", is_so=True)
+    assert meter.active_s(101.5) == 2.5
+    meter.end_stream(102.0, 0)
+    assert meter.active_s(200.0) == 3.0
