@@ -18,6 +18,9 @@ GAIN, LOSS = 1.10, 0.95
 SAMPLE_S, SAMPLE_ROUND_TRIPS = 1.0, 20
 """A measurement takes so long, in which bytes move: rates swing while windows grow."""
 
+TRIAL_SAMPLES = 2
+"""Measurements before a trial ends in favour of fewer connections: one may have met a busy moment."""
+
 RETRY_S, LONGEST_RETRY_S = 120.0, 3600.0
 """Seconds after which others are tried again: links change, but rarely. Doubled while nothing better is found."""
 
@@ -85,6 +88,7 @@ class ConnectionCount:
         self._settled = self.count
         self._settled_rate: float | None = None
         self._trials: list[int] = [2 * self.count]
+        self._tried: list[float] = []
         self._retry_s = RETRY_S
         self._retry_at_s: float | None = None
         self._round_trip_s: float | None = None
@@ -118,10 +122,15 @@ class ConnectionCount:
         if self.count == self._settled:
             self._measured(now, rate)
             return
-        tried, before = self.count, self._settled_rate or 0.0
-        if rate >= before * (GAIN if tried > self._settled else LOSS):
-            further = tried * 2 if tried > self._settled else tried // 2
-            self._settled, self._settled_rate, self._trials = tried, rate, [further]
+        self._tried.append(rate)
+        tried, before, is_more = self.count, self._settled_rate or 0.0, self.count > self._settled
+        # One good measurement is enough for more of them, and all must be good for fewer.
+        pays = max(self._tried) >= before * GAIN if is_more else min(self._tried) >= before * LOSS
+        if len(self._tried) < TRIAL_SAMPLES and pays is not is_more:
+            return
+        if pays:
+            further = tried * 2 if is_more else tried // 2
+            self._settled, self._settled_rate, self._trials = tried, sum(self._tried) / len(self._tried), [further]
             self._retry_s = RETRY_S
         self._next_trial(now)
 
@@ -146,4 +155,5 @@ class ConnectionCount:
 
     def _change(self, count: int) -> None:
         self._is_warm = self._is_warm and count == self.count
+        self._tried = []
         self.count = count

@@ -35,6 +35,21 @@ def test_it_doubles_while_that_pays_and_goes_back_from_what_does_not() -> None:
     assert set(chosen[-30:]) == {4}
 
 
+def test_a_busy_moment_ends_no_trial() -> None:
+    """One bad measurement of twice as many is not believed."""
+    counts, spoilt = long_link(), False
+
+    def rate(count: int) -> float:
+        nonlocal spoilt
+        if count == 2 and not spoilt:
+            spoilt = len(counts._tried) == 0 and counts._is_warm
+            return 1e6
+        return window_limited(count)
+
+    assert play(counts, rate, 60)[-1] == 4
+    assert spoilt
+
+
 def test_a_full_link_keeps_one() -> None:
     """Where one connection fills the link, two are tried and given up."""
     chosen = play(long_link(), lambda _: 11e6, 60)
