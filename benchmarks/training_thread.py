@@ -169,7 +169,8 @@ def _rounds(
     timer: HookTimer,
     clock: OwnClock,
 ) -> dict[str, Any]:
-    inner_steps, steps_s = arguments.inner_steps, {"plain": [], "idle": [], "busy": []}
+    inner_steps = arguments.inner_steps
+    steps_s: dict[str, list[float]] = {"plain": [], "idle": [], "busy": []}
     hook_s: dict[str, list[float]] = {"idle": [], "busy": []}
     began_s, had_waited_s = time.perf_counter(), clock.waits_s()
     for number in range(arguments.warm_up + arguments.repeats):
@@ -222,13 +223,14 @@ def main() -> None:
     """Measure and print."""
     arguments = _parsed()
     torch.set_num_threads(1)
+    cells = [measure(arguments, parameters) for parameters in arguments.parameters]
     report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("grpcio", "torch")},
-        "cells": [measure(arguments, parameters) for parameters in arguments.parameters],
+        "cells": cells,
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report) if arguments.json else table(report["cells"]))
+    print(json.dumps(report) if arguments.json else table(cells))
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
