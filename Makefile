@@ -42,6 +42,10 @@ bench-exchange: $(VENV)/.dev
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
 
+# How much of a long link an exchange fills, beside raw TCP; emulated, and needs root.
+bench-wan: $(VENV)/.dev
+	$(BIN)/python benchmarks/wan.py $(BENCH_FLAGS)
+
 # Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
 bench-convergence: $(VENV)/.dev
 	$(BIN)/python benchmarks/convergence.py $(BENCH_FLAGS)

@@ -6,8 +6,8 @@
 One server process and one process with all workers, over loopback, blocking exchanges of the asyncio client.
 `parameters`: one worker, 1 M to 500 M parameters, as far as memory allows. `workers`: 1 to 64 with a small model, a
 quota of one push. `fragments`: 16 M parameters cut into 4 to 4096. Each point is a run of its own. Wall seconds are a
-median; CPU seconds are of all rounds that count. A point's exponent is how fast cost grows from the point before it:
-1 is linear.
+median; CPU seconds are of all rounds that count. An exponent tells how fast cost grows from one point to another: 1 is
+linear.
 """
 
 import argparse
@@ -145,6 +145,14 @@ def exponents(measured: Sequence[dict[str, Any]], field: str, cost: str) -> list
     ]
 
 
+def upper_half(measured: Sequence[dict[str, Any]], field: str, cost: str) -> float:
+    """How fast a cost grows from the middle point to the last: what a fixed cost and single points blur least."""
+    if len(measured) < 2:
+        return math.nan
+    (found,) = exponents([measured[(len(measured) - 1) // 2], measured[-1]], field, cost) or [math.nan]
+    return found
+
+
 def series(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All points of a series, those that memory allows."""
     field, points = SERIES[name]
@@ -167,6 +175,7 @@ def series(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "field": field,
         "points": measured,
         "left_out": left_out,
+        "upper_half": {cost: upper_half(measured, field, cost) for cost in COSTS},
         "exponents": {cost: exponents(measured, field, cost) for cost in COSTS},
     }
 
@@ -203,10 +212,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
                 for point in each["points"]
             ),
             "",
-            "Steepest: "
+            "Exponent of the upper half: "
+            + ", ".join(f"{label} {each['upper_half'][cost]:.2f}" for cost, label in COSTS.items())
+            + "; of the steepest step: "
             + ", ".join(
                 f"{label} {max(each['exponents'][cost], default=math.nan):.2f}" for cost, label in COSTS.items()
-            ),
+            )
+            + ".",
             *(f"Left out: {left[each['field']]:,} ({left['reason']})" for left in each["left_out"]),
             "",
         ]

@@ -223,13 +223,14 @@ def main() -> None:
     """Measure and print."""
     arguments = _parsed()
     torch.set_num_threads(1)
-    report: dict[str, Any] = {
+    cells = [measure(arguments, parameters) for parameters in arguments.parameters]
+    report = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("grpcio", "torch")},
-        "cells": [measure(arguments, parameters) for parameters in arguments.parameters],
+        "cells": cells,
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report) if arguments.json else table(report["cells"]))
+    print(json.dumps(report) if arguments.json else table(cells))
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
