@@ -21,7 +21,7 @@ from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
-from paceline_wire.transfer import Assembly, PieceSize, Receiver
+from paceline_wire.transfer import Assembly, Outgoing, PieceSize, Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -42,6 +42,27 @@ class _Incoming(NamedTuple):
     request: PushRequest
     held_version: int | None
     room: Room
+
+
+class _Queued(NamedTuple):
+    """An update that is due to be sent. Not what the worker holds before and after it, which would stay in memory."""
+
+    values: Outgoing
+    room: Room
+    difference_to: int | None
+    version: int | None
+    values_crc32: int | None
+
+    @classmethod
+    def of(cls, encoded: Encoded) -> "_Queued":
+        written = encoded.written
+        return cls(
+            values=written.values,
+            room=encoded.room,
+            difference_to=written.form.since.version if written.form.since is not None else None,
+            version=written.held.version if written.held is not None else None,
+            values_crc32=written.values_crc32,
+        )
 
 
 class Received:
@@ -98,7 +119,7 @@ class ExchangeStream:
         self._incoming: _Incoming | None = None
         self._holding: Holding | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
-        self._unsent: asyncio.Queue[tuple[int, Answer, Encoded | None]] = asyncio.Queue()
+        self._unsent: asyncio.Queue[tuple[int, Answer, _Queued | None]] = asyncio.Queue()
         self._num_encoded = 0
         self._num_deferred = 0
         self._has_room = asyncio.Event()
@@ -171,7 +192,7 @@ class ExchangeStream:
             self._hold(fragment, update.written)
         self._num_encoded += update is not None
         self._num_deferred += update is None
-        self._unsent.put_nowait((fragment, answer, update))
+        self._unsent.put_nowait((fragment, answer, None if update is None else _Queued.of(update)))
         if self._unsent.qsize() >= MAX_UNSENT:
             self._has_room.clear()
 
@@ -264,28 +285,33 @@ class ExchangeStream:
                 del queued
                 self._unsent.task_done()
 
-    async def _send_update(self, fragment: int, answer: Answer, encoded: Encoded | None) -> None:
+    async def _send_update(self, fragment: int, answer: Answer, queued: _Queued | None) -> None:
         if self._unsent.qsize() < MAX_UNSENT:
             self._has_room.set()
-        if encoded is None:
-            answer, encoded = await self._engine.newest(fragment, answer, self.form(fragment))
-            self._hold(fragment, encoded.written)
-            self._num_deferred -= 1
-            self._num_encoded += 1
+        if queued is None:
+            answer, queued = await self._newest(fragment, answer)
         try:
-            encoded.room.begin_transfer(self._end_stalled)
-            update = self._update(fragment, answer, encoded.written)
-            for piece in self._piece_size.cut(encoded.written.values.payload):
+            queued.room.begin_transfer(self._end_stalled)
+            update = self._update(fragment, answer, queued)
+            for piece in self._piece_size.cut(queued.values.payload):
                 began_s = time.monotonic()
                 await self._write_one(Bulk(pb.ExchangeResponse(update=update), piece))
                 if len(piece) == self._piece_size.num_bytes:
                     self._piece_size.observe(time.monotonic() - began_s)
-                encoded.room.moved()
+                queued.room.moved()
                 update = None
-            self._engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()
+            self._engine.shard.counters.bytes_sent += queued.values.payload.numel()
         finally:
-            encoded.room.release()
+            queued.room.release()
             self._num_encoded -= 1
+
+    async def _newest(self, fragment: int, answer: Answer) -> tuple[Answer, _Queued]:
+        """An answer that waited for room, and its update, whose turn to be sent has come."""
+        answer, encoded = await self._engine.newest(fragment, answer, self.form(fragment))
+        self._hold(fragment, encoded.written)
+        self._num_deferred -= 1
+        self._num_encoded += 1
+        return answer, _Queued.of(encoded)
 
     async def _write_one(self, message: Bulk[pb.ExchangeResponse]) -> None:
         """Send a message; gRPC takes one at a time."""
@@ -313,7 +339,7 @@ class ExchangeStream:
         if not self._end.cancel() and not self._end.cancelled():
             self._end.exception()  # seen, should another part have ended the stream before it
 
-    def _update(self, fragment: int, answer: Answer, written: Written) -> pb.Update | None:
+    def _update(self, fragment: int, answer: Answer, queued: _Queued) -> pb.Update | None:
         shard = self._engine.shard
         lr, momentum = shard.coefficients(fragment)
         return pb.Update(
@@ -324,10 +350,10 @@ class ExchangeStream:
             refusal=answer.refusal,
             inner_steps=shard.membership.inner_steps(answer.worker),
             quota=shard.schedule.quota or max(1, len(shard.membership.active)),
-            payload=written.values.announced,
+            payload=queued.values.announced,
             lr=lr,
             momentum=momentum,
-            difference_to=written.form.since.version if written.form.since is not None else None,
-            version=written.held.version if written.held is not None else None,
-            values_crc32=written.values_crc32,
+            difference_to=queued.difference_to,
+            version=queued.version,
+            values_crc32=queued.values_crc32,
         )
