@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 
-.PHONY: demo test lint unit format proto chaos bench-exchange bench-convergence bench-durability bench-memory bench-stability bench-real soak clean
+.PHONY: demo test lint unit format proto chaos soak clean \
+	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
+	bench-convergence bench-durability bench-memory bench-stability bench-real
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -35,6 +38,10 @@ chaos: $(VENV)/.dev
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
 
+# The codecs and a fragment's arithmetic beside copies of as many bytes.
+bench-kernels: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
+
 # Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
 bench-convergence: $(VENV)/.dev
 	$(BIN)/python benchmarks/convergence.py $(BENCH_FLAGS)
@@ -51,6 +58,18 @@ bench-durability: $(VENV)/.dev
 bench-memory: $(VENV)/.dev
 	$(BIN)/python benchmarks/memory.py $(BENCH_FLAGS)
 
+# Beside torchft, Flower, gloo and servers written by hand; the peers get an environment of their own.
+bench-peers: $(VENV)/.dev $(PEERS)/.peers
+	$(BIN)/python benchmarks/peers.py --venv $(PEERS) $(BENCH_FLAGS)
+
+# What joining a run costs the training thread.
+bench-training: $(VENV)/.dev
+	$(BIN)/python benchmarks/training_thread.py $(BENCH_FLAGS)
+
+# What grows with parameters, workers and fragments, and how fast.
+bench-growth: $(VENV)/.dev
+	$(BIN)/python benchmarks/growth.py $(BENCH_FLAGS)
+
 # Thousands of rounds and hundreds of reconnects: does either side grow?
 soak: $(VENV)/.dev
 	$(BIN)/python benchmarks/soak.py $(BENCH_FLAGS)
@@ -60,6 +79,10 @@ bench-stability: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(PEERS)/.peers: benchmarks/peers.py $(VENV)/.dev
+	$(BIN)/python benchmarks/peers.py --install --venv $(PEERS)
+	touch $@
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo]'

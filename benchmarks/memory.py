@@ -146,7 +146,7 @@ class SlowWorker:
                 fragment=fragment, seq=seq, base_bin=self._bins[fragment], payload=push.announced
             )
             for piece in pieces(push.payload):
-                await call.write(pb.ExchangeRequest(push=announced, data=piece))
+                await call.write(pb.ExchangeRequest(push=announced, data=bytes(piece)))
                 announced = None
 
     async def _read_all(self, call: Any) -> None:
@@ -177,7 +177,7 @@ async def initialize(address: str, manifest: Manifest) -> None:
                 fragment=fragment.index, payload=values.announced
             )
             for piece in pieces(values.payload):
-                yield pb.InitializeRequest(fragment=announced, data=piece)
+                yield pb.InitializeRequest(fragment=announced, data=bytes(piece))
                 announced = None
 
     async with ACCESS.channel(address) as channel:

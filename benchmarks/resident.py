@@ -1,5 +1,6 @@
-"""Reads from /proc how much memory a process has resident, and how fast that grows."""
+"""Reads from /proc what a process takes: memory that it has resident and how fast that grows, CPU seconds."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ def resident_mib(pid: int) -> float:
 def peak_resident_mib(pid: int) -> float:
     """The most MiB that a process has had resident since it began."""
     return _status_mib(pid, "VmHWM")
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of one process; the command's name, in brackets before them, may hold anything."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 
@@ -29,7 +29,8 @@ from paceline.silence import Silence
 from paceline.stripe import Stripe
 from paceline.worker import ReceivedUpdate
 from paceline.worker_state import Progress
-from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire import PROTOCOL_VERSION, bulk, codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
     NotAMemberError,
@@ -44,6 +45,8 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
+_Updates: TypeAlias = "asyncio.Queue[tuple[pb.Update, Assembly]]"
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[Bulk[pb.ExchangeRequest], Bulk[pb.ExchangeResponse]]"
 
 HEARTBEATS_PER_LEASE = 3
 """A worker stays a member when two heartbeats in a row are lost."""
@@ -380,10 +383,12 @@ class ShardConnection:
         Raises:
             PacelineError: Why it ended, if not in order.
         """
-        call = stripe.stub.Exchange(metadata=self._access.metadata)
+        call: _Call = bulk.method(stripe.channel, "Exchange")(metadata=self._access.metadata)
         self._dispatch.begin_stream(stripe.index)
         dropped = stripe.begin_stream()
-        parts = {asyncio.create_task(self._send(call, stripe)), asyncio.create_task(self._receive(call, stripe))}
+        updates: _Updates = asyncio.Queue(maxsize=1)
+        work = (self._send(call, stripe), self._receive(call, stripe, updates), self._answer_all(stripe, updates))
+        parts = {asyncio.create_task(part) for part in work}
         try:
             done, _ = await asyncio.wait({*parts, dropped}, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
@@ -404,9 +409,7 @@ class ShardConnection:
             self._look_for_work()
             call.cancel()
 
-    async def _send(
-        self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]", stripe: Stripe
-    ) -> None:
+    async def _send(self, call: "_Call", stripe: Stripe) -> None:
         if self._downlink is None:
             raise UnavailableError("the exchange has not begun")
         opening = pb.ExchangeOpen(
@@ -415,7 +418,7 @@ class ShardConnection:
             report_received=True,
             stream=stripe.index,
         )
-        await call.write(pb.ExchangeRequest(open=opening))
+        await call.write(Bulk(pb.ExchangeRequest(open=opening), b""))
         while True:
             while (key := self._dispatch.take(stripe.index)) is not None:
                 push = self._unanswered[key].push
@@ -436,7 +439,7 @@ class ShardConnection:
                     now_s = time.monotonic()
                     stripe.silence.wrote(now_s, len(piece))
                     self._meter.under_way(now_s, stripe.index, "up", is_so=True)
-                    await call.write(pb.ExchangeRequest(push=announced, data=piece))
+                    await call.write(Bulk(pb.ExchangeRequest(push=announced), piece))
                     announced = None
             stripe.has_work.clear()
             await stripe.has_work.wait()
@@ -450,15 +453,13 @@ class ShardConnection:
         if self._dispatch.is_waiting:
             self._look_for_work()
 
-    async def _receive(
-        self, call: "grpc.aio.StreamStreamCall[pb.ExchangeRequest, pb.ExchangeResponse]", stripe: Stripe
-    ) -> None:
+    async def _receive(self, call: "_Call", stripe: Stripe, updates: "_Updates") -> None:
         receiver, announced = Receiver(), None
         try:
             await call.initial_metadata()
             self._dispatch.opened(stripe.index)
             self._look_for_work()
-            async for message in call:
+            async for message, data in call:
                 now_s = time.monotonic()
                 if message.HasField("received_bytes"):
                     self._arrived(stripe, message.received_bytes)
@@ -466,16 +467,21 @@ class ShardConnection:
                 if message.HasField("update"):
                     announced = message.update
                     receiver.begin(announced.payload, sum(self._sizes(announced.fragment)))
-                assembly = receiver.add(message.data)
+                assembly = receiver.add(data)
                 stripe.silence.received(now_s, more_follows=assembly is None)
-                self._meter.moved(now_s, stripe.index, "down", len(message.data), more_follows=assembly is None)
+                self._meter.moved(now_s, stripe.index, "down", len(data), more_follows=assembly is None)
                 if assembly is not None and announced is not None:
-                    await self._answer(announced, assembly)
-                    stripe.answered_on_stream = True
-                del message, assembly
+                    await updates.put((announced, assembly))
+                del data, assembly
         finally:
             # The error that ends a stream holds this frame until a full collection; the payload must not stay as long.
             del receiver, announced
+
+    async def _answer_all(self, stripe: Stripe, updates: "_Updates") -> None:
+        """Take in one update of a stream after the other, while those behind it are received."""
+        while True:
+            await self._answer(*await updates.get())
+            stripe.answered_on_stream = True
 
     async def _answer(self, announced: pb.Update, assembly: Assembly) -> None:
         """Decode an update beside the loop and hand it to whoever waits.

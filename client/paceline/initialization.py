@@ -13,13 +13,15 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
+import grpc.aio
 import torch
 
 from paceline.calls import REACH_S, called, describe, persistently
 from paceline.channels import Access, backoff_s
 from paceline.codec_threads import in_codec_thread
 from paceline.fragments import gather
-from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire import PROTOCOL_VERSION, bulk, codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.errors import ManifestMismatchError, UnavailableError
 from paceline_wire.manifest import Fragment, Manifest
 from paceline_wire.transfer import Outgoing, outgoing, pieces
@@ -37,7 +39,7 @@ class Initialization:
 
     Args:
         targets: "host:port" of every shard, in order.
-        stubs: Their stubs.
+        channels: Channels to them.
         access: TLS and token.
         manifest: What the caller exchanges.
         tensors: The caller's parameters by name.
@@ -46,13 +48,14 @@ class Initialization:
     def __init__(
         self,
         targets: Sequence[str],
-        stubs: "Sequence[pb_grpc.ParameterServerServiceAsyncStub]",
+        channels: Sequence[grpc.aio.Channel],
         access: Access,
         manifest: Manifest,
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
         self._targets = targets
-        self._stubs = stubs
+        self._channels = channels
+        self._stubs = [pb_grpc.ParameterServerServiceStub(channel) for channel in channels]
         self._access = access
         self._manifest = manifest
         self._tensors = tensors
@@ -146,7 +149,7 @@ class Initialization:
         return await persistently(lambda: self._upload_once(shard, replaces))
 
     async def _upload_once(self, shard: int, replaces: int | None) -> int:
-        call = self._stubs[shard].Initialize(metadata=self._access.metadata)
+        call = bulk.method(self._channels[shard], "Initialize")(metadata=self._access.metadata)
         start = pb.InitializeStart(
             protocol_version=PROTOCOL_VERSION,
             manifest=self._manifest.to_wire(),
@@ -165,15 +168,15 @@ class Initialization:
 
 async def _upload_messages(
     start: pb.InitializeStart, fragments: Sequence[Fragment], tensors: Mapping[str, torch.Tensor]
-) -> AsyncIterator[pb.InitializeRequest]:
-    yield pb.InitializeRequest(start=start)
+) -> AsyncIterator[Bulk[pb.InitializeRequest]]:
+    yield Bulk(pb.InitializeRequest(start=start), b"")
     for fragment in fragments:
         values = await in_codec_thread(_first_values, fragment, tensors)
         announced: pb.InitializeFragment | None = pb.InitializeFragment(
             fragment=fragment.index, payload=values.announced
         )
         for piece in pieces(values.payload):
-            yield pb.InitializeRequest(fragment=announced, data=piece)
+            yield Bulk(pb.InitializeRequest(fragment=announced), piece)
             announced = None
 
 

@@ -15,7 +15,7 @@ from paceline.connection import ShardConnection
 from paceline.initialization import Initialization
 from paceline.link_settings import LinkSettings
 from paceline.worker_state import Progress
-from paceline_wire import codecs
+from paceline_wire import bulk, codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import NotInitializedError, SupersededError, UnavailableError
 from paceline_wire.manifest import Fragment, Manifest
@@ -161,7 +161,7 @@ class Session:
         """
         if self.manifest is None:
             await self.refresh()
-        initialization = Initialization(self.targets, self._stubs, self._access, manifest, tensors)
+        initialization = Initialization(self.targets, self._channels, self._access, manifest, tensors)
         self.initialization_id = await initialization.run(begun=self.manifest is not None)
         self.manifest = manifest
 
@@ -188,11 +188,12 @@ class Session:
         request = pb.FetchRequest(fragments=[fragment.index], codec=codecs.wire_value(codec))
         receiver, announced = Receiver(), None
         try:
-            async for message in self._stubs[shard].Fetch(request, metadata=self._access.metadata):
+            fetch = bulk.method(self._channels[shard], "Fetch")
+            async for message, data in fetch(request, metadata=self._access.metadata):
                 if message.HasField("fragment"):
                     announced = message.fragment
                     receiver.begin(announced.payload, fragment.num_elements)
-                assembly = receiver.add(message.data)
+                assembly = receiver.add(data)
                 if assembly is not None and announced is not None:
                     payload = assembly.payload()
                     values = await in_codec_thread(codecs.decode, assembly.codec, payload, fragment.num_elements)

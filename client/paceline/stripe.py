@@ -47,7 +47,12 @@ class Stripe:
 
     def _open_channel(self) -> None:
         self._channels.append(self._access.channel(self._target, EXCHANGE_PING_S))
-        self.stub = pb_grpc.ParameterServerServiceStub(self._channels[-1])
+        self.stub = pb_grpc.ParameterServerServiceStub(self.channel)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The newest channel."""
+        return self._channels[-1]
 
     def begin_stream(self) -> "asyncio.Future[None]":
         """Note that a stream begins; the future fails when it is to be given up."""
@@ -83,6 +88,6 @@ class Stripe:
         Raises:
             grpc.aio.AioRpcError: There was none.
         """
-        health = health_pb2_grpc.HealthStub(self._channels[-1])
+        health = health_pb2_grpc.HealthStub(self.channel)
         call = health.Check(health_pb2.HealthCheckRequest(), timeout=deadline_s)
         await cast("grpc.aio.UnaryUnaryCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]", call)

@@ -58,6 +58,16 @@ class PieceSize:
     def __init__(self) -> None:
         self.num_bytes = FIRST_PIECE_BYTES
 
+    def cut(self, payload: torch.Tensor) -> Iterator[memoryview]:
+        """A payload in pieces (see `pieces`) as large as the size is then, but for the first, which is small.
+
+        So a peer on a slow link sees soon that a payload comes, whatever the link seemed to take before.
+        """
+        first_bytes = min(FIRST_PIECE_BYTES, self.num_bytes)
+        yield from pieces(payload[:first_bytes])
+        if payload.numel() > first_bytes:
+            yield from pieces(payload[first_bytes:], self)
+
     def observe(self, took_s: float) -> None:
         """Note how many seconds a message of this size took."""
         if took_s > _LONG_WRITE_S:
@@ -66,8 +76,8 @@ class PieceSize:
             self.num_bytes = min(self.num_bytes * 2, MESSAGE_BYTES)
 
 
-def pieces(payload: torch.Tensor, size: PieceSize | None = None) -> Iterator[bytes]:
-    """The payload (uint8 [n]) in order, in pieces of at most MESSAGE_BYTES; one empty piece if it is empty.
+def pieces(payload: torch.Tensor, size: PieceSize | None = None) -> Iterator[memoryview]:
+    """The payload (uint8 [n]) in order, in views of at most MESSAGE_BYTES; one of no bytes if it is empty.
 
     Args:
         payload: The bytes.
@@ -77,7 +87,7 @@ def pieces(payload: torch.Tensor, size: PieceSize | None = None) -> Iterator[byt
     start = 0
     while start < max(len(view), 1):
         num_bytes = MESSAGE_BYTES if size is None else size.num_bytes
-        yield bytes(view[start : start + num_bytes])
+        yield view[start : start + num_bytes]
         start += num_bytes
 
 
@@ -101,7 +111,7 @@ class Assembly:
         self._filled = 0
         self._received_crc32 = 0
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | memoryview) -> None:
         """Take the next bytes.
 
         Raises:
@@ -170,7 +180,7 @@ class Receiver:
         self.required_bytes(announced, num_elements)
         self._current = Assembly(announced, num_elements)
 
-    def add(self, data: bytes) -> Assembly | None:
+    def add(self, data: bytes | memoryview) -> Assembly | None:
         """Take the bytes of one message; the payload's assembly once it is complete, else None.
 
         Raises:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from paceline_server.config import ServerConfig
 from paceline_wire import codecs
+from paceline_wire.codecs.kernels import LEAST_ELEMENTS
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ down to 28 kbit/s keep theirs, and a stuck worker that still answers pings does 
 
 WORK_BYTES = 32 * MIB
 """What the first pushes make a process take beside them, measured: scratch of threads, stacks, pages of libraries."""
+
+KERNEL_BYTES = 112 * MIB
+"""What compiled loops make it take, measured, once a fragment is large enough for them (190 when numba's cache does not
+have them yet). Two thirds are pages of libraries, which processes share."""
 
 STREAM_BYTES = 6 * MIB
 """What gRPC holds of a stream whose peer is slow, measured: the message being written, in up to four copies of 1 MiB,
@@ -195,16 +200,18 @@ class Buffers:
 
     Args:
         num_bytes: Its size.
+        work_bytes: What the process takes of it whatever it holds.
 
     Attributes:
         incoming: For payloads of pushes and first parameters, from their announcement until they are applied.
         outgoing: For encoded updates and fetched fragments, until the link has taken them.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, *, work_bytes: int = WORK_BYTES) -> None:
         self.incoming = BufferBudget(0)
         self.outgoing = BufferBudget(0)
         self._num_bytes = num_bytes
+        self._work_bytes = work_bytes
         self._num_streams = 0
         self._most_streams = 0
         self._divide(0)
@@ -220,7 +227,7 @@ class Buffers:
 
     def _divide(self, num_streams: int) -> None:
         self._num_streams = num_streams
-        wanted_bytes, least_bytes = WORK_BYTES + num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE)
+        wanted_bytes, least_bytes = self._work_bytes + num_streams * STREAM_BYTES, int(self._num_bytes * LEAST_SHARE)
         left_bytes = max(self._num_bytes - wanted_bytes, least_bytes)
         self.incoming.resize(left_bytes // 2)
         self.outgoing.resize(left_bytes // 2)
@@ -245,6 +252,11 @@ def largest_payload_bytes(config: ServerConfig) -> int:
         codecs.codec(exchange.uplink).encoded_bytes(pushed),
         codecs.whole_codec(codecs.codec(exchange.downlink)).encoded_bytes(updated),
     )
+
+
+def work_bytes(config: ServerConfig) -> int:
+    """What a shard's process takes of its buffer whatever it holds."""
+    return WORK_BYTES + (KERNEL_BYTES if config.exchange.fragment_elements >= LEAST_ELEMENTS else 0)
 
 
 def shortage(config: ServerConfig) -> str | None:

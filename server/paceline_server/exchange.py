@@ -17,10 +17,11 @@ from paceline_server.held import Form, Holding
 from paceline_server.ledger import Answer, PushRequest
 from paceline_server.received import ReceivedPush
 from paceline_server.updates import Encoded, Written
+from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError, PacelineError, UnavailableError
-from paceline_wire.transfer import Assembly, PieceSize, Receiver, pieces
+from paceline_wire.transfer import Assembly, PieceSize, Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 MAX_PROCESSING = 4
@@ -29,9 +30,13 @@ MAX_PROCESSING = 4
 MAX_UNSENT = 4
 """Updates that may wait for the link before the stream stops reading."""
 
+REPORT_S = 0.01
+"""Seconds between reports of what has arrived: soon enough for whoever judges a link, and on a fast one a report for
+each message would cost as much as the messages of the updates."""
+
 
 class _Incoming(NamedTuple):
-    """A push that is being received. Not its message, which holds on to its first MiB."""
+    """A push that is being received."""
 
     fragment: int
     request: PushRequest
@@ -40,9 +45,9 @@ class _Incoming(NamedTuple):
 
 
 class Received:
-    """Tells the worker how much has arrived, as often as the link takes it, and never holds up the reading."""
+    """Tells the worker how much has arrived, but not for each message, and never holds up the reading."""
 
-    def __init__(self, write: Callable[[pb.ExchangeResponse], Awaitable[None]]) -> None:
+    def __init__(self, write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]]) -> None:
         self._write = write
         self._num_bytes = 0
         self._more = asyncio.Event()
@@ -54,11 +59,12 @@ class Received:
             self._more.set()
 
     async def report(self) -> None:
-        """Send the newest count whenever it has grown; runs until cancelled."""
+        """Send the newest count when it has grown; runs until cancelled."""
         while True:
             await self._more.wait()
             self._more.clear()
-            await self._write(pb.ExchangeResponse(received_bytes=self._num_bytes))
+            await self._write(Bulk(pb.ExchangeResponse(received_bytes=self._num_bytes), b""))
+            await asyncio.sleep(REPORT_S)
 
 
 class ExchangeStream:
@@ -78,7 +84,7 @@ class ExchangeStream:
         engine: Engine,
         worker: pb.Worker,
         downlink: Codec,
-        write: Callable[[pb.ExchangeResponse], Awaitable[None]],
+        write: Callable[[Bulk[pb.ExchangeResponse]], Awaitable[None]],
         *,
         index: int = 0,
         report_received: bool = False,
@@ -102,8 +108,9 @@ class ExchangeStream:
         self._ended = False
         self._received = Received(self._write_one) if report_received else None
         self._writing = asyncio.Lock()
+        self._piece_size = PieceSize()
 
-    async def run(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
+    async def run(self, messages: AsyncIterator[Bulk[pb.ExchangeRequest]]) -> None:
         """Serve the stream until the worker closes its side.
 
         Raises:
@@ -176,18 +183,19 @@ class ExchangeStream:
         if self._holding is not None:
             self._holding.keep(fragment, written.held)
 
-    async def _read(self, messages: AsyncIterator[pb.ExchangeRequest]) -> None:
+    async def _read(self, messages: AsyncIterator[Bulk[pb.ExchangeRequest]]) -> None:
         async for message in messages:
+            head, data = message
             self._engine.shard.membership.require(self._engine.clock(), self.worker.worker_id, self.worker.incarnation)
-            if message.HasField("push"):
-                self._note_speed(message.push)
-                await self._begin(message.push)
-            elif message.HasField("open"):
+            if head.HasField("push"):
+                self._note_speed(head.push)
+                await self._begin(head.push)
+            elif head.HasField("open"):
                 raise InvalidInputError("a stream is opened once; `open` came again")
             if self._received is not None:
-                self._received.add(len(message.data))
-            await self._take(message.data)
-            del message  # or it would stay until the next one comes
+                self._received.add(len(data))
+            await self._take(data)
+            del message, data  # or it would stay until the next one comes
 
     async def _begin(self, push: pb.Push) -> None:
         """Get room for a push. Nothing is read meanwhile."""
@@ -207,7 +215,7 @@ class ExchangeStream:
         self._incoming = _Incoming(push.fragment, request, held_version, room)
         self._receiver.begin(push.payload, num_elements)
 
-    async def _take(self, data: bytes) -> None:
+    async def _take(self, data: bytes | memoryview) -> None:
         """Take a message's payload bytes, and process the push that they complete."""
         assembly = self._receiver.add(data)
         if self._incoming is None:
@@ -267,11 +275,11 @@ class ExchangeStream:
         try:
             encoded.room.begin_transfer(self._end_stalled)
             update = self._update(fragment, answer, encoded.written)
-            size = PieceSize()  # anew: the first message of an update shows on a slow link, too, that it comes
-            for piece in pieces(encoded.written.values.payload, size):
+            for piece in self._piece_size.cut(encoded.written.values.payload):
                 began_s = time.monotonic()
-                await self._write_one(pb.ExchangeResponse(update=update, data=piece))
-                size.observe(time.monotonic() - began_s)
+                await self._write_one(Bulk(pb.ExchangeResponse(update=update), piece))
+                if len(piece) == self._piece_size.num_bytes:
+                    self._piece_size.observe(time.monotonic() - began_s)
                 encoded.room.moved()
                 update = None
             self._engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()
@@ -279,7 +287,7 @@ class ExchangeStream:
             encoded.room.release()
             self._num_encoded -= 1
 
-    async def _write_one(self, message: pb.ExchangeResponse) -> None:
+    async def _write_one(self, message: Bulk[pb.ExchangeResponse]) -> None:
         """Send a message; gRPC takes one at a time."""
         async with self._writing:
             await self._write(message)

@@ -5,12 +5,13 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from paceline_server.buffers import STALLED_S
 from paceline_server.engine import Engine
+from paceline_wire.bulk import Bulk
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import UnavailableError
 from paceline_wire.transfer import pieces
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
-Write = Callable[[pb.FetchResponse], Awaitable[None]]
+Write = Callable[[Bulk[pb.FetchResponse]], Awaitable[None]]
 """Sends one message; returns when gRPC has room for the next."""
 
 
@@ -50,7 +51,7 @@ async def _send_fragment(engine: Engine, index: int, codec: Codec, write: Write,
             fragment=index, bin=newest_bin, payload=encoded.written.values.announced
         )
         for piece in pieces(encoded.written.values.payload):
-            await write(pb.FetchResponse(fragment=announced, data=piece))
+            await write(Bulk(pb.FetchResponse(fragment=announced), piece))
             encoded.room.moved()
             announced = None
         engine.shard.counters.bytes_sent += encoded.written.values.payload.numel()

@@ -120,16 +120,21 @@ class Holding:
         since = self.held(fragment)
         if since is not None:
             return Form(codec=downlink, since=since)
-        return Form(codec=whole_codec(downlink), kept=self.is_open and self._all.make_room(4 * num_elements))
+        kept = self._has(fragment) and self._all.make_room(4 * num_elements)
+        return Form(codec=whole_codec(downlink), kept=kept)
 
     def keep(self, fragment: int, held: Held | None) -> None:
         """Note what the worker holds once it has the update that was queued last; None: that is not kept."""
-        if self._kept.named_on.get(fragment, self) is not self:
+        if not self._has(fragment):
             return
         self._all.replace(self._kept.by_fragment.pop(fragment, None), None)
-        if held is not None and self.is_open and self._all.make_room(_bytes_of(held)):
+        if held is not None and self._all.make_room(_bytes_of(held)):
             self._all.replace(None, held)
             self._kept.by_fragment[fragment] = held
+
+    def _has(self, fragment: int) -> bool:
+        """Whether what is kept of a fragment is this stream's to change."""
+        return self.is_open and self._kept.named_on.get(fragment, self) is self
 
     def end(self) -> None:
         """Note that the stream has ended: what is kept may be dropped when others need the room."""

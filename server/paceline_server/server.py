@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
-from paceline_server.buffers import MIB, Buffers, shortage
+from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
 from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
@@ -25,12 +25,12 @@ from paceline_server.storage.recovery import Recovered
 from paceline_server.storage.snapshotter import Snapshotter
 from paceline_server.storage.store import ShardStore
 from paceline_server.time_watch import watch_time
+from paceline_wire import bulk
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
-from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ShardServer:
             self._store.clock,
             send_momentum=config.exchange.own_weight == "predicted",
             watch=StabilityWatch(config),
-            buffers=Buffers(config.exchange.buffer_mib * MIB),
+            buffers=Buffers(config.exchange.buffer_mib * MIB, work_bytes=work_bytes(config)),
             holdings=Holdings(config.exchange.reference_mib * MIB),
             evidence=_evidence_keeper(config, index),
         )
@@ -174,7 +174,7 @@ class ShardServer:
         self._watches.append(watch)
 
     def _register(self) -> None:
-        pb_grpc.add_ParameterServerServiceServicer_to_server(self._service, self._server)
+        self._server.add_generic_rpc_handlers((bulk.handlers(self._service),))
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine, self._snapshotter), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (

@@ -14,6 +14,7 @@ from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
 from paceline_server.streams import MAX_STREAMS
 from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import (
@@ -116,9 +117,11 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         )
 
     @with_status
-    async def Initialize(self, request: AsyncIterator[pb.InitializeRequest], context: Context) -> pb.InitializeResponse:
+    async def Initialize(
+        self, request: AsyncIterator[Bulk[pb.InitializeRequest]], context: Context
+    ) -> pb.InitializeResponse:
         """Take the first parameters, or say that they are here already."""
-        async for message in request:
+        async for message, _ in request:
             if not message.HasField("start"):
                 raise InvalidInputError("an upload begins with `start`")
             _require_version(message.start.protocol_version)
@@ -138,10 +141,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             )
         raise InvalidInputError("the upload was empty; it begins with `start`")
 
-    async def _take_fragments(self, messages: AsyncIterator[pb.InitializeRequest]) -> None:
+    async def _take_fragments(self, messages: AsyncIterator[Bulk[pb.InitializeRequest]]) -> None:
         receiver, announced, room = Receiver(), None, None
         try:
-            async for message in messages:
+            async for message, data in messages:
                 if message.HasField("fragment"):
                     announced = message.fragment
                     if announced.payload.codec != pb.CODEC_FP32:
@@ -152,7 +155,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                     receiver.begin(announced.payload, num_elements)
                 elif message.HasField("start"):
                     raise InvalidInputError("an upload is started once; `start` came again")
-                assembly = receiver.add(message.data)
+                assembly = receiver.add(data)
                 if assembly is not None and announced is not None and room is not None:
                     await self._engine.initialize_fragment(announced.fragment, assembly.codec, assembly.payload())
                     room.release()
@@ -230,7 +233,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             _log.debug("a caller hung up in the middle of a message")
 
     async def Exchange(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
-        self, request: AsyncIterator[pb.ExchangeRequest], context: Context
+        self, request: AsyncIterator[Bulk[pb.ExchangeRequest]], context: Context
     ) -> None:
         """Serve one worker's pushes and updates."""
         try:
@@ -250,8 +253,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 
-    async def _open(self, messages: AsyncIterator[pb.ExchangeRequest], context: Context) -> ExchangeStream:
-        async for message in messages:
+    async def _open(self, messages: AsyncIterator[Bulk[pb.ExchangeRequest]], context: Context) -> ExchangeStream:
+        async for message, _ in messages:
             if not message.HasField("open"):
                 break
             if self._draining:

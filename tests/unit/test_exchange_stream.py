@@ -15,6 +15,7 @@ from paceline_server.journal import NoJournal
 from paceline_server.ledger import Answer
 from paceline_server.updates import Encoded, Written
 from paceline_wire import codecs
+from paceline_wire.bulk import Bulk
 from paceline_wire.manifest import Manifest, TensorSpec
 from paceline_wire.transfer import outgoing
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -39,12 +40,12 @@ async def test_an_answer_that_waits_for_room_is_not_kept_waiting_by_the_next() -
     shard.membership.join(0.0, "a", 1)
     sent: asyncio.Queue[int] = asyncio.Queue()
 
-    async def write(message: pb.ExchangeResponse) -> None:
-        sent.put_nowait(message.update.fragment)
+    async def write(message: Bulk[pb.ExchangeResponse]) -> None:
+        sent.put_nowait(message.head.update.fragment)
 
-    async def never() -> AsyncIterator[pb.ExchangeRequest]:
+    async def never() -> AsyncIterator[Bulk[pb.ExchangeRequest]]:
         await asyncio.Event().wait()
-        yield pb.ExchangeRequest()
+        yield Bulk(pb.ExchangeRequest(), b"")
 
     stream = ExchangeStream(engine, worker, FP32, write)
     room = engine.buffers.outgoing.try_reserve(4 * ELEMENTS)

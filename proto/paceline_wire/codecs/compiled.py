@@ -124,7 +124,8 @@ class CompiledCodec:
         coded, full = self._split(payload, num_elements), num_elements // BLOCK_ELEMENTS
         sums = torch.empty(full, dtype=torch.float64)
         compiled.squares(self._number, coded.scales, coded.codes, sums.numpy())
-        return torch.cat((sums, self.plain.block_squares(coded.rest(), num_elements % BLOCK_ELEMENTS)))
+        rest = num_elements % BLOCK_ELEMENTS
+        return torch.cat((sums, self.plain.block_squares(coded.rest(), rest))) if rest else sums
 
     # --- Beyond the codec interface.
 

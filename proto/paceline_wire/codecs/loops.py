@@ -25,6 +25,7 @@ from numba.extending import intrinsic, register_jitable
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -36,7 +37,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 _SCALE_MASK = np.int32(~0x7F)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_SMALLEST_ABSMAX, _LARGEST = np.float32(2.0**-119), np.float32(np.finfo(np.float32).max)
+_SMALLEST_ABSMAX = np.float32(2.0**-119)
 _DIVISOR_INT8, _DIVISOR_INT4 = np.float32(127), np.float32(7)
 _STEP_FP4 = np.float32(2.0**-6)
 # y + 1.5 * 2^23 is rounded to a whole number, ties to even, whose two's complement are the sum's lowest bits.
@@ -46,6 +47,16 @@ _TO_INTEGER = np.float32(1.5 * 2.0**23)
 def _jit(function: _Function) -> _Function:
     """Let compiled functions call this one."""
     registered: _Function = register_jitable(error_model="numpy")(function)
+    return registered
+
+
+def _inlined(function: _Function) -> _Function:
+    """Put this function's own code into compiled functions that call it.
+
+    For the two that choose by codec: a fifth to a third less time. Whatever they call is compiled by itself: if all of
+    it were inlined, compiling would take ten times as long.
+    """
+    registered: _Function = register_jitable(error_model="numpy", inline="always")(function)
     return registered
 
 
@@ -79,17 +90,17 @@ def _block_bytes(kind: int) -> int:
 
 @_jit
 def _decode_int8(codes: Bytes, step: np.float32, out: Floats) -> None:
-    v, o = codes.view(np.int8)[:_E], out[:_E]
+    c, o = codes[:_E], out[:_E]
     for i in range(_E):
-        o[i] = np.float32(v[i]) * step
+        o[i] = np.float32(np.int8(c[i])) * step
 
 
 @_jit
 def _decode_int4(codes: Bytes, step: np.float32, out: Floats) -> None:
-    v, low, high = codes.view(np.int8)[:_HALF], out[:_HALF], out[_HALF:_E]
+    c, low, high = codes[:_HALF], out[:_HALF], out[_HALF:_E]
     for i in range(_HALF):
-        low[i] = np.float32(np.int8(v[i] << 4) >> 4) * step
-        high[i] = np.float32(v[i] >> 4) * step
+        low[i] = np.float32(np.int8(c[i] << 4) >> 4) * step
+        high[i] = np.float32(np.int8(c[i]) >> 4) * step
 
 
 @_jit
@@ -121,20 +132,18 @@ def _copy(source: Floats, out: Floats) -> None:
         o[i] = s[i]
 
 
-@_jit
-def _decode_block(kind: int, scales: Floats, codes: Bytes, block: int, out: Floats) -> None:
-    size = _block_bytes(kind)
-    c = codes[block * size : (block + 1) * size]
+@_inlined
+def _decode_block(kind: int, scale: np.float32, codes: Bytes, out: Floats) -> None:
     if kind == INT8:
-        _decode_int8(c, scales[block], out)
+        _decode_int8(codes, scale, out)
     elif kind == INT4:
-        _decode_int4(c, scales[block], out)
+        _decode_int4(codes, scale, out)
     elif kind == FP4:
-        _decode_fp4(c, scales[block] * _STEP_FP4, out)
+        _decode_fp4(codes, scale * _STEP_FP4, out)
     elif kind == BF16:
-        _decode_bf16(c, out)
+        _decode_bf16(codes, out)
     else:
-        _copy(c.view(np.float32), out)
+        _copy(codes.view(np.float32), out)
 
 
 # --- One block: numbers to codes.
@@ -203,7 +212,7 @@ def _scale(kind: int, x: Floats) -> np.float32:
     return _short_quotient(absmax, _DIVISOR_INT4) if kind == INT4 else absmax
 
 
-@_jit
+@_inlined
 def _encode_block(kind: int, x: Floats, codes: Bytes) -> np.float32:
     """Write the codes; returns the scale, 0 if the codec has none."""
     if kind == FP32:
@@ -228,17 +237,18 @@ def _encode_block(kind: int, x: Floats, codes: Bytes) -> np.float32:
 
 @_jit
 def _squares_int8(codes: Bytes) -> np.int32:
-    v, total = codes.view(np.int8)[:_E], np.int32(0)
+    c, total = codes[:_E], np.int32(0)
     for i in range(_E):
-        total = np.int32(total + np.int32(np.int32(v[i]) * np.int32(v[i])))
+        integer = np.int32(np.int8(c[i]))
+        total = np.int32(total + np.int32(integer * integer))
     return total
 
 
 @_jit
 def _squares_int4(codes: Bytes) -> np.int32:
-    v, total = codes.view(np.int8)[:_HALF], np.int32(0)
+    c, total = codes[:_HALF], np.int32(0)
     for i in range(_HALF):
-        low, high = np.int32(np.int8(v[i] << 4) >> 4), np.int32(v[i] >> 4)
+        low, high = np.int32(np.int8(c[i] << 4) >> 4), np.int32(np.int8(c[i]) >> 4)
         total = np.int32(total + np.int32(low * low) + np.int32(high * high))
     return total
 
@@ -287,19 +297,38 @@ def _open_bin(w: Floats, u: Floats, beta: np.float32) -> None:
 
 
 @_jit
-def _enter(w: Floats, u: Floats, g: Floats, u_rate: np.float32, w_rate: np.float32) -> None:
+def _enter(
+    w: Floats,
+    u: Floats,
+    g: Floats,
+    u_rate: np.float32,
+    w_rate: np.float32,
+    opens_before: bool,
+    before: np.float32,
+    opens_after: bool,
+    after: np.float32,
+) -> None:
+    """Let g enter, in one loop with the bins next to it, which costs them nothing."""
     v, m, x = w[:_E], u[:_E], g[:_E]
     for i in range(_E):
-        m[i] = m[i] + x[i] * u_rate
-        v[i] = v[i] - x[i] * w_rate
+        momentum, parameter = m[i], v[i]
+        if opens_before:
+            momentum = momentum * before
+            parameter = parameter - momentum
+        momentum = momentum + x[i] * u_rate
+        parameter = parameter - x[i] * w_rate
+        if opens_after:
+            momentum = momentum * after
+            parameter = parameter - momentum
+        m[i] = momentum
+        v[i] = parameter
 
 
 @_jit
-def _add(x: Floats, y: Floats) -> None:
-    """X += y. In scratch: a loop over arrays that may be one and the same is not vectorized."""
-    a, b = x[:_E], y[:_E]
+def _add(x: Floats, y: Floats, out: Floats) -> None:
+    a, b, o = x[:_E], y[:_E], out[:_E]
     for i in range(_E):
-        a[i] = a[i] + b[i]
+        o[i] = a[i] + b[i]
 
 
 @_jit
@@ -307,6 +336,25 @@ def _subtract(x: Floats, y: Floats, out: Floats) -> None:
     a, b, o = x[:_E], y[:_E], out[:_E]
     for i in range(_E):
         o[i] = a[i] - b[i]
+
+
+@_jit
+def _split_off(c: Floats, d: Floats, decoded: Floats, lost: Floats) -> None:
+    a, b, o, p = c[:_E], d[:_E], decoded[:_E], lost[:_E]
+    for i in range(_E):
+        o[i] = b[i]
+        p[i] = a[i] - b[i]
+
+
+@_jit
+def _move(d: Floats, reference: Floats, moved: Floats, peaks: Ints) -> None:
+    """Write reference + d, by way of d: a loop over arrays that may be one and the same is not vectorized."""
+    a, b, o, p = d[:_E], reference[:_E], moved[:_E], peaks[:_E]
+    for i in range(_E):
+        a[i] = b[i] + a[i]
+        p[i] = max(p[i], np.int32(_bits(a[i]) & _MAGNITUDE))
+    for i in range(_E):
+        o[i] = a[i]
 
 
 # --- Kernels: what is done with a whole fragment.
@@ -323,8 +371,10 @@ def encode(kind: int, values: Floats, scales: Floats, codes: Bytes) -> None:
 
 def decode(kind: int, scales: Floats, codes: Bytes, out: Floats) -> None:
     """Write the numbers (float32 [n]) that scales and codes stand for."""
+    size = _block_bytes(kind)
     for block in range(len(out) // _E):
-        _decode_block(kind, scales, codes, block, out[block * _E : (block + 1) * _E])
+        scale = scales[block] if kind >= INT8 else _ONE
+        _decode_block(kind, scale, codes[block * size : (block + 1) * size], out[block * _E : (block + 1) * _E])
 
 
 def squares(kind: int, scales: Floats, codes: Bytes, out: Doubles) -> None:
@@ -334,7 +384,7 @@ def squares(kind: int, scales: Floats, codes: Bytes, out: Doubles) -> None:
     for block in range(len(out)):
         c = codes[block * size : (block + 1) * size]
         if kind < INT8:
-            _decode_block(kind, scales, codes, block, x)
+            _decode_block(kind, _ONE, c, x)
             out[block] = _squares_floats(x, lanes)
         elif kind == INT8:
             out[block] = _squared(_squares_int8(c), scales[block])
@@ -360,13 +410,17 @@ def step(
     Each of before: u *= it, w -= u. The push: u += u_rate g, w -= w_rate g. Each of after: as before.
     """
     g = np.empty(_E, np.float32)
+    last_before = before[-1] if len(before) else _ZERO
+    first_after = after[0] if len(after) else _ZERO
+    size = _block_bytes(kind)
     for block in range(len(w) // _E):
-        _decode_block(kind, scales, codes, block, g)
+        scale = scales[block] if kind >= INT8 else _ONE
+        _decode_block(kind, scale, codes[block * size : (block + 1) * size], g)
         v, m = w[block * _E : (block + 1) * _E], u[block * _E : (block + 1) * _E]
-        for opened in range(len(before)):
+        for opened in range(len(before) - 1):
             _open_bin(v, m, before[opened])
-        _enter(v, m, g, u_rate, w_rate)
-        for opened in range(len(after)):
+        _enter(v, m, g, u_rate, w_rate, len(before) > 0, last_before, len(after) > 0, first_after)
+        for opened in range(1, len(after)):
             _open_bin(v, m, after[opened])
 
 
@@ -383,17 +437,19 @@ def compensate(
 
     residual may be empty: then c is values.
     """
-    c, size = np.empty(_E, np.float32), _block_bytes(kind)
+    c, d, size = np.empty(_E, np.float32), np.empty(_E, np.float32), _block_bytes(kind)
     for block in range(len(values) // _E):
         first, end = block * _E, (block + 1) * _E
-        _copy(values[first:end], c)
         if len(residual):
-            _add(c, residual[first:end])
-        scale = _encode_block(kind, c, codes[block * size : (block + 1) * size])
+            _add(values[first:end], residual[first:end], c)
+        else:
+            _copy(values[first:end], c)
+        block_codes = codes[block * size : (block + 1) * size]
+        scale = _encode_block(kind, c, block_codes)
         if kind >= INT8:
             scales[block] = scale
-        _decode_block(kind, scales, codes, block, decoded[first:end])
-        _subtract(c, decoded[first:end], lost[first:end])
+        _decode_block(kind, scale, block_codes, d)
+        _split_off(c, d, decoded[first:end], lost[first:end])
 
 
 def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: Bytes, moved: Floats) -> bool:
@@ -401,18 +457,17 @@ def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: By
 
     moved may be reference itself. Returns whether all of it is finite.
     """
-    x, size, finite = np.empty(_E, np.float32), _block_bytes(kind), True
+    x, peaks, size = np.empty(_E, np.float32), np.zeros(_E, np.int32), _block_bytes(kind)
     for block in range(len(values) // _E):
         first, end = block * _E, (block + 1) * _E
         _subtract(values[first:end], reference[first:end], x)
-        scale = _encode_block(kind, x, codes[block * size : (block + 1) * size])
+        block_codes = codes[block * size : (block + 1) * size]
+        scale = _encode_block(kind, x, block_codes)
         if kind >= INT8:
             scales[block] = scale
-        _decode_block(kind, scales, codes, block, x)
-        _add(x, reference[first:end])
-        finite = finite and bool(_absmax(x) <= _LARGEST)
-        _copy(x, moved[first:end])
-    return finite
+        _decode_block(kind, scale, block_codes, x)
+        _move(x, reference[first:end], moved[first:end], peaks)
+    return bool(peaks.max() < _INFINITY)
 
 
 def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Floats) -> bool:
@@ -420,11 +475,11 @@ def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Fl
 
     moved may be reference itself. Returns whether all of it is finite.
     """
-    x, finite = np.empty(_E, np.float32), True
+    x, peaks = np.empty(_E, np.float32), np.zeros(_E, np.int32)
+    size = _block_bytes(kind)
     for block in range(len(moved) // _E):
         first, end = block * _E, (block + 1) * _E
-        _decode_block(kind, scales, codes, block, x)
-        _add(x, reference[first:end])
-        finite = finite and bool(_absmax(x) <= _LARGEST)
-        _copy(x, moved[first:end])
-    return finite
+        scale = scales[block] if kind >= INT8 else _ONE
+        _decode_block(kind, scale, codes[block * size : (block + 1) * size], x)
+        _move(x, reference[first:end], moved[first:end], peaks)
+    return bool(peaks.max() < _INFINITY)
