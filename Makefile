@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 
 .PHONY: demo test lint unit format proto chaos soak clean \
-	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
+	bench-exchange bench-wan bench-kernels bench-wan bench-training bench-peers bench-growth \
 	bench-convergence bench-durability bench-memory bench-stability bench-real
 
 demo: $(VENV)/.demo
@@ -41,6 +41,10 @@ bench-exchange: $(VENV)/.dev
 # The codecs and a fragment's arithmetic beside copies of as many bytes.
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
+
+# Exchanges over emulated long links, beside raw TCP; needs root, /dev/net/tun and the ip command.
+bench-wan: $(VENV)/.dev
+	$(BIN)/python benchmarks/wan.py $(BENCH_FLAGS)
 
 # Every method in every setting, in virtual time, and docs/results.md from it; what is kept is not played again.
 bench-convergence: $(VENV)/.dev
