@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 
 .PHONY: demo test lint unit format proto chaos soak clean \
-	bench-exchange bench-wan bench-kernels bench-wan bench-training bench-peers bench-growth \
+	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
 	bench-convergence bench-durability bench-memory bench-stability bench-real
 
 demo: $(VENV)/.demo
