@@ -42,7 +42,7 @@ bench-exchange: $(VENV)/.dev
 bench-kernels: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py $(BENCH_FLAGS)
 
-# How much of a long link an exchange fills, beside raw TCP; emulated, and needs root.
+# Exchanges over emulated long links, beside raw TCP; needs root, /dev/net/tun and the ip command.
 bench-wan: $(VENV)/.dev
 	$(BIN)/python benchmarks/wan.py $(BENCH_FLAGS)
 

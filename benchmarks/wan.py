@@ -51,7 +51,7 @@ class Setting:
     downlink: str
     target: float
     raw_connections: int | None = TARGET_CONNECTIONS
-    warm_s: float = 30.0
+    warm_s: float = 25.0
 
 
 _FAST = LinkShape(rate_mbit=1000, delay_ms=50)
@@ -69,7 +69,7 @@ SETTINGS = {
         downlink="int8",
         target=1.0,
         raw_connections=None,
-        warm_s=60.0,
+        warm_s=50.0,
     ),
 }
 

@@ -119,6 +119,7 @@ async def test_a_dead_connection_beside_others_is_found() -> None:
 
             await wait_until_async(round_trips_known)
             proxy.hold_present("up")
+            connection_of(client)._stripes[0].replace_channel()
 
             async def replaced() -> bool:
                 return second.silence.lost_heartbeats >= 2 and connection_of(client).reconnects >= 2
