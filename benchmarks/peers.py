@@ -122,7 +122,7 @@ def loads(arguments: argparse.Namespace, what: str, parameters: int) -> Load:
     if what == "utilization":
         return Load(
             parameters=parameters,
-            warm_up=1,
+            warm_up=2,  # the first answer is whole where later ones are differences, and comes in the second round
             rounds=arguments.rounds or 3,
             inner_steps=arguments.inner_steps,
             step_s=arguments.step_s,
@@ -181,7 +181,15 @@ def cell(
     steps_s = [step_s for run in runs for step_s in run["step_s"]]
     medians = {
         field: statistics.median(run[field] for run in runs) if runs[0][field] is not None else None
-        for field in ("wire_mb", "worker_cpu_s", "coordinator_cpu_s", "coordinator_mib", "worker_mib", "utilization")
+        for field in (
+            "wire_mb",
+            "worker_cpu_s",
+            "coordinator_cpu_s",
+            "coordinator_mib",
+            "worker_mib",
+            "utilization",
+            "utilization_stated",
+        )
     }
     return (
         key
@@ -272,7 +280,11 @@ def _key(each: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _in_short(run: Mapping[str, Any]) -> str:
-    busy = "" if run["utilization"] is None else f", utilization {run['utilization']:.3f}"
+    busy = (
+        ""
+        if run["utilization"] is None
+        else f", utilization {run['utilization']:.4f} ({run['utilization_stated']:.4f} stated)"
+    )
     return f"{statistics.median(run['step_s']):.3f} s, {run['wire_mb']:.1f} MB on the wire{busy}"
 
 

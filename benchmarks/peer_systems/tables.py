@@ -112,7 +112,11 @@ def _exchange(each: Cell) -> str:
 
 
 def _utilization(each: Cell) -> str:
-    return "not run" if "not_run" in each else f"{100 * each['utilization']:.1f} %"
+    return (
+        "not run"
+        if "not_run" in each
+        else f"{100 * each['utilization']:.1f} % ({100 * each['utilization_stated']:.1f})"
+    )
 
 
 def _name(each: Cell) -> str:

@@ -2,7 +2,7 @@
 
 An inner step adds noise to the parameters. Where it lasts a stated time, it changes one tensor and sleeps for the rest:
 a GPU's host is idle as well. What is recorded of each round is when its exchange began and ended, on the clock that all
-processes of a machine share, the bytes that had passed the network interface by then, and the process's CPU seconds.
+processes of a machine share, and by then the bytes on the network interface, CPU seconds and time in inner steps.
 """
 
 import json
@@ -36,6 +36,7 @@ class Training:
         self._noise = torch.randn(max(sizes), generator=generator.manual_seed(1 + setting.rank)) * NOISE
         self._setting = setting
         self._steps = 0
+        self._inner_s = 0.0
         self._exchanges: list[dict[str, float]] = []
 
     @property
@@ -58,6 +59,7 @@ class Training:
             tensor.add_(self._noise[: tensor.numel()])
         self._steps += 1
         time.sleep(max(0.0, began_s + self._setting.step_s - time.monotonic()))
+        self._inner_s += time.monotonic() - began_s
 
     def inner_steps(self) -> None:
         """Make the inner steps of a round."""
@@ -100,7 +102,12 @@ class Training:
         """Record that the exchange has ended."""
         self._exchanges[-1]["ended_s"] = time.monotonic()
         received, sent = interface_bytes(self._setting.interface)
-        self._exchanges[-1] |= {"received": received, "sent": sent, "cpu_s": time.process_time()}
+        self._exchanges[-1] |= {
+            "received": received,
+            "sent": sent,
+            "cpu_s": time.process_time(),
+            "inner_s": self._inner_s,
+        }
         event = {self._setting.warm_up: "warm", self.num_rounds: "last"}.get(len(self._exchanges))
         if event is not None:
             print(json.dumps({"event": event}), flush=True)
