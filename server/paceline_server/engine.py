@@ -7,7 +7,6 @@ halfway leaves nothing half done.
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import secrets
@@ -24,7 +23,7 @@ from paceline_server.buffers import MIB, Buffers
 from paceline_server.config import DEFAULT_BUFFER_MIB, DEFAULT_REFERENCE_MIB
 from paceline_server.evidence import EvidenceKeeper, NoEvidence
 from paceline_server.guard import checked_norm, median_of
-from paceline_server.held import Form, Holdings
+from paceline_server.held import Form, HeldMemory, Holdings
 from paceline_server.hosted import FragmentCopy, HostedFragment
 from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, answer_with_newest
@@ -103,8 +102,7 @@ class Engine:
         self._evidence = evidence or NoEvidence()
         self._journal = journal
         self._threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="paceline-numbers")
-        # What a worker names after this shard was restarted must not be mistaken for anything that is held now.
-        self._versions = itertools.count(secrets.randbits(63))
+        self._held_memory = HeldMemory(secrets.randbits(63))
         self._locks = {index: asyncio.Lock() for index in shard.fragments}
         self._initializing = asyncio.Lock()
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
@@ -237,7 +235,7 @@ class Engine:
         async with self._locks[wanted.fragment]:
             begun()
             written = await self._in_thread(
-                lambda: write(values, wanted.form, self._versions, with_momentum=wanted.with_momentum)
+                lambda: write(values, wanted.form, self._held_memory, with_momentum=wanted.with_momentum)
             )
             return fragment.ledger, written
 
@@ -401,7 +399,7 @@ class Engine:
         try:
             followed_s, written = await self._in_thread(
                 lambda: follow_and_encode(
-                    values, decision, contributing, set(rooms), self._versions, with_momentum=with_momentum
+                    values, decision, contributing, set(rooms), self._held_memory, with_momentum=with_momentum
                 )
             )
             self.replay_s += followed_s

@@ -13,6 +13,9 @@ Why a worker and the shard always mean the same values:
 An encoding that is not queued, because its stream has ended or what the worker holds has moved since, moves nothing.
 """
 
+import itertools
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +23,9 @@ import torch
 
 from paceline_wire.codecs import whole_codec
 from paceline_wire.codecs.base import Codec
+
+MOST_SPARE = 4
+"""Blocks of memory of one size that wait to be used again: about as many as are written at once."""
 
 CHECKED_EVERY = 64
 """Differences from one whose outcome travels as a checksum, too, to the next: it costs as much as encoding does."""
@@ -58,6 +64,38 @@ class Form:
     codec: Codec
     since: Held | None = None
     kept: bool = False
+
+
+class HeldMemory:
+    """Makes what workers hold, in memory of values that nobody holds any more; to be used from any thread.
+
+    Values come and go with every update, among payloads of other sizes: given back each time, their memory would become
+    holes in the process's, a fifth more than is used, and fresh pages cost as much as the arithmetic.
+
+    Args:
+        first_version: Versions are counted from here. At random, so that what a worker names after the shard was
+            restarted is not taken for anything that is held now.
+    """
+
+    def __init__(self, first_version: int) -> None:
+        self._versions = itertools.count(first_version)
+        self._spare: dict[int, deque[torch.Tensor]] = {}
+
+    def take(self, num_elements: int) -> torch.Tensor:
+        """Memory for values, float32 [n], of any content."""
+        try:
+            return self._spare[num_elements].pop()
+        except LookupError:
+            return torch.empty(num_elements)
+
+    def held(self, values: torch.Tensor, num_differences: int = 0) -> Held:
+        """Give values a version. Their memory is used again once nobody has the result, whoever may have the values."""
+        held = Held(values=values, version=next(self._versions), num_differences=num_differences)
+        weakref.finalize(held, self._give, values).atexit = False
+        return held
+
+    def _give(self, values: torch.Tensor) -> None:
+        self._spare.setdefault(values.numel(), deque(maxlen=MOST_SPARE)).append(values)
 
 
 class Kept:

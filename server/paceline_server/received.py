@@ -1,7 +1,6 @@
 """A push that has arrived whole: what becomes of its numbers, and what is kept of it if it is refused."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from paceline_server.buffers import Room
 from paceline_server.evidence import Evidence
 from paceline_server.fragment import FragmentValues
-from paceline_server.held import Form
+from paceline_server.held import Form, HeldMemory
 from paceline_server.ledger import Decision, PushRequest
 from paceline_server.updates import Written, write
 from paceline_wire.codecs.base import Codec
@@ -56,11 +55,11 @@ def follow_and_encode(
     decision: Decision,
     push: ReceivedPush | None,
     forms: set[Form],
-    versions: Iterator[int],
+    memory: HeldMemory,
     *,
     with_momentum: bool,
 ) -> tuple[float, dict[Form, Written]]:
-    """Change the numbers as decided, then write them in every form that is due; versions name what is held then.
+    """Change the numbers as decided, then write them in every form that is due; what is held then is in memory.
 
     Returns:
         The processor seconds that the change took, and the values by form.
@@ -71,4 +70,4 @@ def follow_and_encode(
     else:
         values.follow(decision, push.codec, push.payload)
     followed_s = time.thread_time() - began_s
-    return followed_s, {form: write(values, form, versions, with_momentum=with_momentum) for form in forms}
+    return followed_s, {form: write(values, form, memory, with_momentum=with_momentum) for form in forms}

@@ -1,7 +1,7 @@
 """Updates on their way out: how they are written, where they go, and what they take of the shard's buffer."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 
 from paceline_server.buffers import BufferBudget, Room
 from paceline_server.fragment import FragmentValues
-from paceline_server.held import Form, Held
+from paceline_server.held import Form, Held, HeldMemory
 from paceline_server.ledger import Answer
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
@@ -65,33 +65,35 @@ class Recipient(Protocol):
         """
 
 
-def write(values: FragmentValues, form: Form, versions: Iterator[int], *, with_momentum: bool) -> Written:
-    """Write what a fragment's workers are sent, in a form; what they hold then is given the next version.
+def write(values: FragmentValues, form: Form, memory: HeldMemory, *, with_momentum: bool) -> Written:
+    """Write what a fragment's workers are sent, in a form; what they hold then is in memory.
 
     Values that are not finite are written whole, whatever the form: the worker refuses them and says so.
     """
     if form.since is None:
-        return _write_whole(values, form, versions, with_momentum=with_momentum)
+        return _write_whole(values, form, memory, with_momentum=with_momentum)
     momentum = values.momentum if with_momentum else None
     try:
-        payload, moved = codecs.difference(form.codec, values.published(), form.since.values, momentum)
+        payload, moved = codecs.difference(
+            form.codec, values.published(), form.since.values, momentum, memory.take(values.num_elements)
+        )
     except CodecError:
         whole = Form(codec=codecs.whole_codec(form.codec))
-        return _write_whole(values, whole, versions, with_momentum=with_momentum)
-    held = Held(values=moved, version=next(versions), num_differences=form.since.num_differences + 1)
+        return _write_whole(values, whole, memory, with_momentum=with_momentum)
+    held = memory.held(moved, form.since.num_differences + 1)
     crc32 = zlib.crc32(moved.numpy().data) if held.is_checked else None
     return Written(form=form, values=outgoing(form.codec, payload), held=held, values_crc32=crc32)
 
 
-def _write_whole(values: FragmentValues, form: Form, versions: Iterator[int], *, with_momentum: bool) -> Written:
+def _write_whole(values: FragmentValues, form: Form, memory: HeldMemory, *, with_momentum: bool) -> Written:
     payload = values.encoded(form.codec, with_momentum=with_momentum)
     ready = outgoing(form.codec, payload)
     num_elements = values.num_elements * (2 if with_momentum else 1)
     if not form.kept or not _is_finite(form.codec, payload, num_elements):
         return Written(form=form, values=ready)
-    held = torch.empty(values.num_elements)
+    held = memory.take(values.num_elements)
     form.codec.decode_range(payload, num_elements, 0, held)
-    return Written(form=form, values=ready, held=Held(values=held, version=next(versions)))
+    return Written(form=form, values=ready, held=memory.held(held))
 
 
 def _is_finite(codec: Codec, payload: torch.Tensor, num_elements: int) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from paceline.held import Held as WorkersHeld
 from paceline.held import follow
-from paceline_server.held import CHECKED_EVERY, Form, Held, Holding, Holdings
+from paceline_server.held import CHECKED_EVERY, MOST_SPARE, Form, Held, HeldMemory, Holding, Holdings
 from paceline_wire import codecs
 from paceline_wire.errors import CodecError, UnavailableError
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -136,6 +136,24 @@ def test_some_differences_are_checked() -> None:
         number for number in range(200) if Held(values=torch.zeros(1), version=0, num_differences=number).is_checked
     ]
     assert checked == list(range(1, 200, CHECKED_EVERY))
+
+
+def test_memory_is_used_again_once_nobody_holds_its_values() -> None:
+    """Not before, not for another size, and no more of it is kept than is soon used."""
+    memory = HeldMemory(7)
+    first = memory.held(memory.take(SIZE))
+    address = first.values.data_ptr()
+    second = memory.held(memory.take(SIZE))
+    assert second.values.data_ptr() != address
+    assert (first.version, second.version) == (7, 8)
+    del first
+    assert memory.take(SIZE + 1).data_ptr() != address
+    assert memory.take(SIZE).data_ptr() == address
+    many = [memory.held(memory.take(SIZE)) for _ in range(2 * MOST_SPARE)]
+    addresses = {each.values.data_ptr() for each in many}
+    many.clear()
+    again = [memory.take(SIZE) for _ in range(MOST_SPARE)]
+    assert {each.data_ptr() for each in again} <= addresses
 
 
 # --- The worker's side.

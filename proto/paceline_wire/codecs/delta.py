@@ -52,7 +52,11 @@ class Difference(NamedTuple):
 
 
 def difference(
-    codec: Codec, values: torch.Tensor, held: torch.Tensor, behind: torch.Tensor | None = None
+    codec: Codec,
+    values: torch.Tensor,
+    held: torch.Tensor,
+    behind: torch.Tensor | None = None,
+    moved: torch.Tensor | None = None,
 ) -> Difference:
     """Move from what both sides hold towards values, as far as the codec can write it.
 
@@ -61,11 +65,12 @@ def difference(
         values: The newest values, float32 [n].
         held: What both sides hold, float32 [n]; not changed.
         behind: Numbers that are written whole behind the difference, in the same payload, float32 [m]; None: none.
+        moved: Where to write what both sides hold then, float32 [n], not held itself; None: to memory of its own.
 
     Raises:
         CodecError: The difference, or where it would lead, is not finite.
     """
-    moved = torch.empty_like(held)
+    moved = torch.empty_like(held) if moved is None else moved
     if behind is None:
         return Difference(encode_move(codec, values, held, moved), moved)
     numbers = torch.cat((values - held, behind))
