@@ -145,7 +145,10 @@ class ShardConnection:
             connection_count: How many TCP connections there are to be; None: one.
         """
         self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
-        self._connection_count = connection_count or self._connection_count
+        if connection_count is not None:
+            if self._connection_count.round_trip_s is not None:
+                connection_count.round_trip(self._connection_count.round_trip_s)
+            self._connection_count = connection_count
         first = self._stripes[0]
         first.tasks.append(asyncio.create_task(self._exchange(first)))
         self._keep_connections()

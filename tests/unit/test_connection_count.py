@@ -71,6 +71,13 @@ def test_short_round_trips_are_left_alone(took_s: float) -> None:
     assert set(play(counts, window_limited, 60)) == {1}
 
 
+def test_a_round_trip_that_was_seen_through_a_queue_makes_no_endless_measurements() -> None:
+    """A heartbeat behind a long update takes seconds; the search goes on all the same."""
+    counts = ConnectionCount(None, 24)
+    counts.round_trip(8.0)
+    assert play(counts, window_limited, 90)[-1] == 4
+
+
 def test_nothing_is_tried_before_the_round_trip_is_known() -> None:
     """The first measurement is that of a link that is known to be long."""
     assert set(play(ConnectionCount(None, 24), window_limited, 60)) == {1}
