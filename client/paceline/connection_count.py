@@ -101,8 +101,22 @@ class ConnectionCount:
         """Note how long a small call took; the shortest counts, others waited behind pushes."""
         self.round_trip_s = took_s if self.round_trip_s is None else min(took_s, self.round_trip_s)
 
-    def observe(self, now: float, num_bytes: int, active_s: float) -> int:
-        """Look at the totals of a `Meter`, and decide; returns `count`."""
+    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool) -> int:
+        """Look at the totals of a `Meter`, and decide.
+
+        Args:
+            now: The time.
+            num_bytes: Bytes moved so far.
+            active_s: Seconds in which any were under way.
+            in_effect: Whether all that is under way was sent with as many connections as `count` says. Answers come
+                over the connection of their push, so after a change those of a whole round may say nothing of it.
+
+        Returns:
+            `count`.
+        """
+        if not in_effect:
+            self._began, self._is_warm = None, False
+            return self.count
         if self._is_fixed or self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
             return self.count
         if self._began is None:

@@ -12,7 +12,7 @@ def play(counts: ConnectionCount, rate: Callable[[int], float], seconds: int, *,
     chosen, num_bytes = [], 0.0
     for second in range(seconds):
         num_bytes += rate(counts.count)
-        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second))
+        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True))
     return chosen
 
 
@@ -48,6 +48,17 @@ def test_a_busy_moment_ends_no_trial() -> None:
 
     assert play(counts, rate, 60)[-1] == 4
     assert spoilt
+
+
+def test_what_was_sent_before_a_change_says_nothing_of_it() -> None:
+    """While a long round's answers come over the connections that there were, a trial has not begun."""
+    counts, num_bytes, before, taken_by = long_link(), 0.0, 1, 1
+    for second in range(300):
+        if second % 20 == 0:
+            taken_by = counts.count
+        num_bytes += window_limited(taken_by)
+        before = counts.observe(second, int(num_bytes), second, in_effect=taken_by == counts.count)
+    assert before == 4
 
 
 def test_a_full_link_keeps_one() -> None:
