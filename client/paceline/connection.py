@@ -105,6 +105,7 @@ class ShardConnection:
         self._retiring: set[asyncio.Task[None]] = set()
         self._dispatch = Dispatch()
         self._connection_count = ConnectionCount(1, 1)
+        self._before_change: set[PushKey] = set()
         self._meter = Meter()
         self._unanswered: dict[PushKey, _Unanswered] = {}
         self._held: dict[int, Held] = {}
@@ -145,7 +146,10 @@ class ShardConnection:
             connection_count: How many TCP connections there are to be; None: one.
         """
         self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
-        self._connection_count = connection_count or self._connection_count
+        if connection_count is not None:
+            if self._connection_count.round_trip_s is not None:
+                connection_count.round_trip(self._connection_count.round_trip_s)
+            self._connection_count = connection_count
         first = self._stripes[0]
         first.tasks.append(asyncio.create_task(self._exchange(first)))
         self._keep_connections()
@@ -183,6 +187,7 @@ class ShardConnection:
         finally:
             self._unanswered.pop(key, None)
             self._dispatch.answered(key)
+            self._before_change.discard(key)
             self._keep_connections()
 
     async def close(self) -> None:
@@ -237,12 +242,14 @@ class ShardConnection:
     def _keep_connections(self) -> None:
         """Have as many connections as pay; those too many are closed once nothing is left on them."""
         meter, now_s = self._meter, time.monotonic()
-        wanted = self._connection_count.observe(now_s, meter.num_bytes, meter.active_s(now_s))
+        in_effect = not self._before_change
+        wanted = self._connection_count.observe(now_s, meter.num_bytes, meter.active_s(now_s), in_effect=in_effect)
         if not self.exchanging or self._failure is not None or self._closed:
             return
         if wanted != self._dispatch.num_streams:
             _log.info("%s: pushes go over %d connections", self.target, wanted)
             self._dispatch.num_streams = wanted
+            self._before_change = set(self._unanswered)
             self._look_for_work()
         # One that is still being closed would take the new one of its index for itself.
         while len(self._stripes) < wanted and not self._retiring:

@@ -15,8 +15,9 @@ SHORTEST_ROUND_TRIP_S = 0.005
 GAIN, LOSS = 1.10, 0.95
 """What twice as many connections must carry more to be kept; what half as many must still carry to do."""
 
-SAMPLE_S, SAMPLE_ROUND_TRIPS = 1.0, 20
-"""A measurement takes so long, in which bytes move: rates swing while windows grow."""
+SAMPLE_S, SAMPLE_ROUND_TRIPS, LONGEST_SAMPLE_S = 1.0, 20, 4.0
+"""A measurement takes so long, in which bytes move: rates swing while windows grow. But a small call may have waited
+behind a long queue, and tell a round trip of seconds."""
 
 TRIAL_SAMPLES = 2
 """Measurements before a trial ends in favour of fewer connections: one may have met a busy moment."""
@@ -75,6 +76,7 @@ class ConnectionCount:
 
     Attributes:
         count: How many there are to be now.
+        round_trip_s: The shortest round trip that was seen; None: none yet.
 
     Args:
         fixed: So many, whatever they carry; None: as found.
@@ -91,23 +93,37 @@ class ConnectionCount:
         self._tried: list[float] = []
         self._retry_s = RETRY_S
         self._retry_at_s: float | None = None
-        self._round_trip_s: float | None = None
+        self.round_trip_s: float | None = None
         self._began: _Sample | None = None
         self._is_warm = False
 
     def round_trip(self, took_s: float) -> None:
         """Note how long a small call took; the shortest counts, others waited behind pushes."""
-        self._round_trip_s = took_s if self._round_trip_s is None else min(took_s, self._round_trip_s)
+        self.round_trip_s = took_s if self.round_trip_s is None else min(took_s, self.round_trip_s)
 
-    def observe(self, now: float, num_bytes: int, active_s: float) -> int:
-        """Look at the totals of a `Meter`, and decide; returns `count`."""
-        if self._is_fixed or self._round_trip_s is None or self._round_trip_s < SHORTEST_ROUND_TRIP_S:
+    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool) -> int:
+        """Look at the totals of a `Meter`, and decide.
+
+        Args:
+            now: The time.
+            num_bytes: Bytes moved so far.
+            active_s: Seconds in which any were under way.
+            in_effect: Whether all that is under way was sent with as many connections as `count` says. Answers come
+                over the connection of their push, so after a change those of a whole round may say nothing of it.
+
+        Returns:
+            `count`.
+        """
+        if not in_effect:
+            self._began, self._is_warm = None, False
+            return self.count
+        if self._is_fixed or self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
             return self.count
         if self._began is None:
             self._began = _Sample(num_bytes, active_s)
             return self.count
         took_s = active_s - self._began.active_s
-        if took_s < max(SAMPLE_S, SAMPLE_ROUND_TRIPS * self._round_trip_s):
+        if took_s < min(max(SAMPLE_S, SAMPLE_ROUND_TRIPS * self.round_trip_s), LONGEST_SAMPLE_S):
             return self.count
         rate = (num_bytes - self._began.num_bytes) / took_s
         self._began = _Sample(num_bytes, active_s)

@@ -1,7 +1,8 @@
 """Which push goes over which of a shard's streams, and when. Pure.
 
 A push waits until a stream takes it; the stream with the fewest bytes under way takes first, so that slow streams get
-less. Two rules keep a fragment's answers in the order in which the shard gave them:
+less, and among equals the one with the fewest answers to come. Two rules keep a fragment's answers in the order in
+which the shard gave them:
 
 1. While a push of a fragment is unanswered, later ones of it go over the same stream, and after a cut over the next
    stream of the same index: the shard answers on the stream that a push came by last, and the one before is superseded.
@@ -9,7 +10,7 @@ less. Two rules keep a fragment's answers in the order in which the shard gave t
    push was sent again on a stream stays there until the shard has answered the opening of the next one of that index.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Dispatch:
         self._num_bytes: dict[PushKey, int] = {}
         self._stream_of: dict[PushKey, int] = {}
         self._unanswered_on: dict[int, tuple[int, int]] = {}
+        self._num_unanswered: Counter[int] = Counter()
         self._pinned: dict[int, int] = {}
         self._open: dict[int, _Open] = {}
 
@@ -69,6 +71,7 @@ class Dispatch:
         if stream is None:
             self._waiting.remove(key)
             return
+        self._num_unanswered[stream] -= 1
         _, count = self._unanswered_on.pop(key.fragment)
         if count > 1:
             self._unanswered_on[key.fragment] = stream, count - 1
@@ -94,7 +97,7 @@ class Dispatch:
 
     def is_done(self, stream: int) -> bool:
         """Whether a stream is of no use any more: it takes no new pushes, and has nothing that must stay with it."""
-        holds = any(index == stream for index, _ in self._unanswered_on.values()) or stream in self._pinned.values()
+        holds = self._num_unanswered[stream] > 0 or stream in self._pinned.values()
         return stream >= self.num_streams and not holds
 
     def arrived(self, stream: int, total_bytes: int) -> None:
@@ -115,6 +118,7 @@ class Dispatch:
             if bound == stream or (bound is None and is_due):
                 self._waiting.remove(key)
                 self._stream_of[key] = stream
+                self._num_unanswered[stream] += 1
                 self._unanswered_on[key.fragment] = stream, self._unanswered_on.get(key.fragment, (stream, 0))[1] + 1
                 return self._handed(stream, key)
             passed.add(key.fragment)
@@ -131,6 +135,8 @@ class Dispatch:
         return self._pinned.get(fragment)
 
     def _has_least(self, stream: int) -> bool:
-        """Whether no other open stream that takes new pushes has fewer bytes under way."""
-        least = min(each.under_way_bytes for index, each in self._open.items() if index < self.num_streams)
-        return self._open[stream].under_way_bytes <= least
+        """Whether no other open stream that takes new pushes comes before this one."""
+        return self._load(stream) <= min(self._load(each) for each in self._open if each < self.num_streams)
+
+    def _load(self, stream: int) -> tuple[int, int]:
+        return self._open[stream].under_way_bytes, self._num_unanswered[stream]

@@ -12,7 +12,7 @@ def play(counts: ConnectionCount, rate: Callable[[int], float], seconds: int, *,
     chosen, num_bytes = [], 0.0
     for second in range(seconds):
         num_bytes += rate(counts.count)
-        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second))
+        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True))
     return chosen
 
 
@@ -50,6 +50,17 @@ def test_a_busy_moment_ends_no_trial() -> None:
     assert spoilt
 
 
+def test_what_was_sent_before_a_change_says_nothing_of_it() -> None:
+    """While a long round's answers come over the connections that there were, a trial has not begun."""
+    counts, num_bytes, before, taken_by = long_link(), 0.0, 1, 1
+    for second in range(300):
+        if second % 20 == 0:
+            taken_by = counts.count
+        num_bytes += window_limited(taken_by)
+        before = counts.observe(second, int(num_bytes), second, in_effect=taken_by == counts.count)
+    assert before == 4
+
+
 def test_a_full_link_keeps_one() -> None:
     """Where one connection fills the link, two are tried and given up."""
     chosen = play(long_link(), lambda _: 11e6, 60)
@@ -69,6 +80,13 @@ def test_short_round_trips_are_left_alone(took_s: float) -> None:
     counts.round_trip(took_s)
     counts.round_trip(0.3)
     assert set(play(counts, window_limited, 60)) == {1}
+
+
+def test_a_round_trip_that_was_seen_through_a_queue_makes_no_endless_measurements() -> None:
+    """A heartbeat behind a long update takes seconds; the search goes on all the same."""
+    counts = ConnectionCount(None, 24)
+    counts.round_trip(8.0)
+    assert play(counts, window_limited, 90)[-1] == 4
 
 
 def test_nothing_is_tried_before_the_round_trip_is_known() -> None:

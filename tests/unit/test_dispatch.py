@@ -30,6 +30,18 @@ def test_the_stream_with_the_fewest_bytes_under_way_takes_first() -> None:
     assert dispatch.take(0) == PushKey(2, 1)
 
 
+def test_among_equals_the_stream_with_the_fewest_answers_to_come_takes_first() -> None:
+    """Where pushes are small and updates large, these are what is to be shared out."""
+    dispatch = opened(2)
+    for fragment in range(3):
+        dispatch.add(PushKey(fragment, 1), BYTES)
+    assert dispatch.take(0) == PushKey(0, 1)
+    dispatch.arrived(0, BYTES)
+    assert dispatch.take(0) is None
+    assert dispatch.take(1) == PushKey(1, 1)
+    assert dispatch.take(0) == PushKey(2, 1)
+
+
 def test_a_fragment_stays_while_a_push_of_it_is_unanswered() -> None:
     """Answers of one fragment come on one stream, in order, also where a worker has several rounds in flight."""
     dispatch = opened(2)
