@@ -42,8 +42,8 @@ WORK_BYTES = 32 * MIB
 """What the first pushes make a process take beside them, measured: scratch of threads, stacks, pages of libraries."""
 
 KERNEL_BYTES = 112 * MIB
-"""What compiled loops make it take, measured, once a fragment is large enough for them (190 when numba's cache does not
-have them yet). Two thirds are pages of libraries, which processes share."""
+"""What compiled loops make it take, measured, once a fragment is large enough for them (190 if they are not in
+numba's cache yet). Two thirds are pages of libraries, which processes share."""
 
 STREAM_BYTES = 6 * MIB
 """What gRPC holds of a stream whose peer is slow, measured: the message being written, in up to four copies of 1 MiB,

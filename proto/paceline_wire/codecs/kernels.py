@@ -9,6 +9,7 @@ folder, and always in NUMBA_CACHE_DIR if that is set. Where it may write nowhere
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,9 +105,11 @@ def load() -> Kernels | None:
 
 
 def _compiled() -> Kernels:
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        raise ImportError("NUMBA_DISABLE_JIT is set")
     numba: Any = import_module("numba")
     if numba.config.DISABLE_JIT:
-        raise ImportError("NUMBA_DISABLE_JIT is set")
+        raise ImportError("numba is configured not to compile")
     loops: Any = import_module("paceline_wire.codecs.loops")
     return Kernels(**{name: _kernel(numba, getattr(loops, name), signature) for name, signature in _SIGNATURES.items()})
 
