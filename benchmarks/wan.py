@@ -43,6 +43,7 @@ class Setting:
         target: Share of raw TCP's rate that an exchange is to reach.
         raw_connections: Connections of raw TCP; None: as many as the exchange has found to pay.
         warm_s: Seconds of exchanges that do not count, in which the number of connections is found.
+        fragment_elements: The largest fragment.
     """
 
     shape: LinkShape
@@ -52,24 +53,26 @@ class Setting:
     target: float
     raw_connections: int | None = TARGET_CONNECTIONS
     warm_s: float = 25.0
+    fragment_elements: int = 4_194_304
 
 
 _FAST = LinkShape(rate_mbit=1000, delay_ms=50)
 _SLOW = LinkShape(rate_mbit=100, delay_ms=50)
 SETTINGS = {
     "1g-up": Setting(shape=_FAST, parameters=100_000_000, uplink="fp32", downlink="bf16", target=0.85),
-    "1g-down": Setting(shape=_FAST, parameters=100_000_000, uplink="int4", downlink="fp32", target=0.85),
+    "1g-down": Setting(shape=_FAST, parameters=100_000_000, uplink="int4", downlink="fp32", target=0.85, warm_s=80.0),
     "1g-both": Setting(shape=_FAST, parameters=100_000_000, uplink="int8", downlink="int8", target=0.85),
     "100m-up": Setting(shape=_SLOW, parameters=20_000_000, uplink="fp32", downlink="bf16", target=0.95),
     "100m-down": Setting(shape=_SLOW, parameters=20_000_000, uplink="int4", downlink="fp32", target=0.95),
     "lossy-both": Setting(
         shape=LinkShape(rate_mbit=1000, delay_ms=50, loss=0.001),
-        parameters=16_000_000,
+        parameters=4_000_000,
         uplink="int8",
         downlink="int8",
         target=1.0,
         raw_connections=None,
-        warm_s=50.0,
+        warm_s=70.0,
+        fragment_elements=131_072,
     ),
 }
 
@@ -83,13 +86,18 @@ def _process(host: Host, command: Sequence[str], **options: Any) -> "Iterator[su
             process.terminate()
 
 
-def measure(setting: Setting, rounds: int, connections: str, fragment_elements: int) -> dict[str, Any]:
+def measure(setting: Setting, rounds: int, connections: str) -> dict[str, Any]:
     """Alternate exchanges and raw rounds over one link, and compare them pair by pair."""
     with Link(setting.shape) as link:
         server_host, worker_host = link.hosts
         serving = ["-m", "paceline", "serve", "--listen", f"{server_host.address}:{PORT}", "--schedule.quota", "1"]
         serving += ["--exchange.uplink", setting.uplink, "--exchange.downlink", setting.downlink]
-        serving += ["--exchange.connections", connections, "--exchange.fragment-elements", str(fragment_elements)]
+        serving += [
+            "--exchange.connections",
+            connections,
+            "--exchange.fragment-elements",
+            str(setting.fragment_elements),
+        ]
         working = [str(HERE / "wan_worker.py"), "--server", f"{server_host.address}:{PORT}"]
         working += ["--parameters", str(setting.parameters), "--uplink", setting.uplink]
         working += ["--downlink", setting.downlink, "--rounds", str(rounds), "--warm-s", str(setting.warm_s)]
@@ -112,7 +120,6 @@ def measure(setting: Setting, rounds: int, connections: str, fragment_elements: 
     return {
         **asdict(setting),
         **found,
-        "fragment_elements": fragment_elements,
         "megabytes_up": up / 1e6,
         "megabytes_down": down / 1e6,
         "exchange_mbit_per_s": [num_bytes * 8 / 1e6 / exchange_s for num_bytes in (up, down)],
@@ -132,13 +139,12 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--connections", default="auto", help="as exchange.connections")
-    parser.add_argument("--fragment-elements", type=int, default=4_194_304)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--keep", action="store_true", help=f"put the results into {RESULTS.name} beside earlier ones")
     arguments = parser.parse_args()
     results = {}
     for name in arguments.settings:
-        measured = measure(SETTINGS[name], arguments.rounds, arguments.connections, arguments.fragment_elements)
+        measured = measure(SETTINGS[name], arguments.rounds, arguments.connections)
         results[name] = measured | _origin()
         if not arguments.json:
             print(_line(name, measured), flush=True)
