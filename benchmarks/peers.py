@@ -28,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import growth
+import training_thread
 from paceline_server.config_fields import config_fields
 from peer_systems import places, tables
 from peer_systems.measuring import DidNotRunError, Load, System, measure
@@ -230,7 +232,7 @@ def main() -> None:
         install(arguments.venv)
         return
     if arguments.tables:
-        tables.fill(ROOT)
+        tables.fill(ROOT, _other_tables())
         return
     # A terminated run ends what it started on its way out; Python would not unwind on SIGTERM by itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -239,6 +241,16 @@ def main() -> None:
         cells += found
         _keep(arguments.output, found)
     print(json.dumps(cells) if arguments.json else tables.exchange_table(cells) + tables.utilization_table(cells))
+
+
+def _other_tables() -> dict[str, str]:
+    """Tables of the page that other benchmarks measured; those without results are left as they are."""
+    found = {}
+    for name, key, table in (("training_thread", "cells", training_thread.table), ("growth", "series", growth.table)):
+        results = RESULTS.with_name(f"{name}.json")
+        if results.exists():
+            found[name] = table(json.loads(results.read_text())[key])
+    return found
 
 
 def _keep(output: Path, cells: Sequence[Mapping[str, Any]]) -> None:

@@ -1,7 +1,6 @@
 """Paceline: one shard, and `join` in each worker.
 
-Options: "uplink" and "downlink", the codecs; "overlap" and "schedule", as in Paceline's configuration; "connections",
-if given, is how many connections to use.
+Options: "uplink" and "downlink", the codecs; "overlap" and "schedule", as in Paceline's configuration.
 """
 
 import signal

@@ -52,13 +52,20 @@ def link_in_words(link: str) -> str:
     return f"{rate}, {rtt_ms} ms"
 
 
-def fill(root: Path) -> None:
-    """Put the tables of the measured cells into docs/peers.md."""
+def fill(root: Path, others: Mapping[str, str]) -> None:
+    """Put tables into docs/peers.md.
+
+    Args:
+        root: The repository.
+        others: Tables that are not made of measured cells, by the name of their place in the page.
+    """
     results = json.loads((root / "benchmarks" / "results" / "peers.json").read_text())
     page = root / "docs" / "peers.md"
     text = page.read_text()
     for name, table in TABLES.items():
         text = between(text, name, table(results["cells"]))
+    for name, content in others.items():
+        text = between(text, name, content)
     text = between(text, "machine", f"{results['machine']}; {_dates(results['cells'])}.\n")
     page.write_text(text)
 
