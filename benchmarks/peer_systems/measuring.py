@@ -259,7 +259,11 @@ class _Process:
 
     def peak_mib(self) -> float:
         """Peak resident memory of the largest of the process and its children, MiB."""
-        return max(peak_resident_mib(pid) for pid in self._pids())
+        found = [0.0]
+        for pid in self._pids():
+            with contextlib.suppress(ProcessLookupError):  # a child that has ended meanwhile
+                found.append(peak_resident_mib(pid))
+        return max(found)
 
     def _pids(self) -> list[int]:
         pids = [self._process.pid]
