@@ -266,6 +266,7 @@ def _machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "load_average": os.getloadavg()[0],
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
     }
 

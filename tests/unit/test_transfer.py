@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from paceline_wire import codecs
 from paceline_wire.errors import CodecError, DamagedPayloadError, InvalidInputError
-from paceline_wire.transfer import MESSAGE_BYTES, Assembly, Receiver, payload_message, pieces
+from paceline_wire.transfer import (
+    FIRST_PIECE_BYTES,
+    MESSAGE_BYTES,
+    Assembly,
+    PieceSize,
+    Receiver,
+    payload_message,
+    pieces,
+)
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from support_core import normal
 
@@ -53,6 +61,19 @@ def test_pieces_are_the_payload_in_order(num_bytes: int) -> None:
     assert b"".join(cut) == bytes(payload.numpy())
     assert len(cut) == max(1, -(-num_bytes // MESSAGE_BYTES))
     assert all(len(piece) == MESSAGE_BYTES for piece in cut[:-1])
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, FIRST_PIECE_BYTES, FIRST_PIECE_BYTES + 1, 3 * MESSAGE_BYTES])
+def test_a_payload_begins_with_a_small_piece_whatever_was_learnt(num_bytes: int) -> None:
+    """The first piece is small and the others as large as the size is then; together they are the payload."""
+    payload = torch.arange(num_bytes, dtype=torch.int32).to(torch.uint8)
+    size = PieceSize()
+    for _ in range(10):
+        size.observe(0.0)
+    cut = list(size.cut(payload))
+    assert b"".join(cut) == bytes(payload.numpy())
+    assert len(cut[0]) == min(num_bytes, FIRST_PIECE_BYTES)
+    assert len(cut) == 1 + -(-max(0, num_bytes - FIRST_PIECE_BYTES) // MESSAGE_BYTES)
 
 
 @each_codec
