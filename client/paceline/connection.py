@@ -27,6 +27,7 @@ from paceline.held import Held, follow
 from paceline.pacing import Pace
 from paceline.silence import Silence
 from paceline.stripe import Stripe
+from paceline.whole_rounds import WholeRounds
 from paceline.worker import ReceivedUpdate
 from paceline.worker_state import Progress
 from paceline_wire import PROTOCOL_VERSION, bulk, codecs
@@ -107,6 +108,7 @@ class ShardConnection:
         self._connection_count = ConnectionCount(1, 1)
         self._before_change: set[PushKey] = set()
         self._meter = Meter()
+        self._rounds = WholeRounds(1)
         self._unanswered: dict[PushKey, _Unanswered] = {}
         self._held: dict[int, Held] = {}
         # Seeded by the name: two workers never back off in step, and a test can repeat what it saw.
@@ -135,6 +137,7 @@ class ShardConnection:
         downlink: Codec,
         *,
         momentum_follows: bool,
+        num_fragments: int,
         connection_count: ConnectionCount | None = None,
     ) -> None:
         """Open the exchange streams, and keep as many open as pay until `close`.
@@ -143,16 +146,18 @@ class ShardConnection:
             manifest: What the run exchanges.
             downlink: How updates are to be written.
             momentum_follows: Whether updates of parameters bring the server's momentum after the values.
+            num_fragments: Fragments of the shard.
             connection_count: How many TCP connections there are to be; None: one.
         """
         self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
+        self._rounds = WholeRounds(num_fragments)
         if connection_count is not None:
             if self._connection_count.round_trip_s is not None:
                 connection_count.round_trip(self._connection_count.round_trip_s)
             self._connection_count = connection_count
         first = self._stripes[0]
         first.tasks.append(asyncio.create_task(self._exchange(first)))
-        self._keep_connections()
+        self._keep_connections(round_ended=True)
 
     @property
     def exchanging(self) -> bool:
@@ -188,7 +193,8 @@ class ShardConnection:
             self._unanswered.pop(key, None)
             self._dispatch.answered(key)
             self._before_change.discard(key)
-            self._keep_connections()
+            more_follow = bool(self._unanswered)
+            self._keep_connections(round_ended=self._rounds.answered(push.fragment, more_follow=more_follow))
 
     async def close(self) -> None:
         """Leave the run and end the connection. Closing twice is not an error."""
@@ -239,11 +245,13 @@ class ShardConnection:
             # The call was cancelled and not the caller: its channel was replaced.
             raise UnavailableError(f"the connection to {self.target} was replaced during the call") from None
 
-    def _keep_connections(self) -> None:
+    def _keep_connections(self, *, round_ended: bool) -> None:
         """Have as many connections as pay; those too many are closed once nothing is left on them."""
         meter, now_s = self._meter, time.monotonic()
         in_effect = not self._before_change
-        wanted = self._connection_count.observe(now_s, meter.num_bytes, meter.active_s(now_s), in_effect=in_effect)
+        wanted = self._connection_count.observe(
+            now_s, meter.num_bytes, meter.active_s(now_s), in_effect=in_effect, round_ended=round_ended
+        )
         if not self.exchanging or self._failure is not None or self._closed:
             return
         if wanted != self._dispatch.num_streams:

@@ -16,8 +16,9 @@ GAIN, LOSS = 1.10, 0.95
 """What twice as many connections must carry more to be kept; what half as many must still carry to do."""
 
 SAMPLE_S, SAMPLE_ROUND_TRIPS, LONGEST_SAMPLE_S = 1.0, 20, 4.0
-"""A measurement takes so long, in which bytes move: rates swing while windows grow. But a small call may have waited
-behind a long queue, and tell a round trip of seconds."""
+"""A measurement takes so long, in which bytes move, and then until its last round is whole: rates swing while windows
+grow, as at the beginning of each round. But a small call may have waited behind a long queue, and tell a round trip of
+seconds."""
 
 TRIAL_SAMPLES = 2
 """Measurements before a trial ends in favour of fewer connections: one may have met a busy moment."""
@@ -101,8 +102,11 @@ class ConnectionCount:
         """Note how long a small call took; the shortest counts, others waited behind pushes."""
         self.round_trip_s = took_s if self.round_trip_s is None else min(took_s, self.round_trip_s)
 
-    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool) -> int:
+    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool, round_ended: bool) -> int:
         """Look at the totals of a `Meter`, and decide.
+
+        A measurement begins and ends with whole rounds. One that began in the midst of a round, where windows are
+        large, would show more than any later one, and the search would end too early.
 
         Args:
             now: The time.
@@ -110,6 +114,7 @@ class ConnectionCount:
             active_s: Seconds in which any were under way.
             in_effect: Whether all that is under way was sent with as many connections as `count` says. Answers come
                 over the connection of their push, so after a change those of a whole round may say nothing of it.
+            round_ended: Whether the answer that came just now was the last of a round (`WholeRounds`).
 
         Returns:
             `count`.
@@ -117,10 +122,12 @@ class ConnectionCount:
         if not in_effect:
             self._began, self._is_warm = None, False
             return self.count
-        if self._is_fixed or self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
+        if self._is_fixed or not round_ended:
             return self.count
         if self._began is None:
             self._began = _Sample(num_bytes, active_s)
+            return self.count
+        if self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
             return self.count
         took_s = active_s - self._began.active_s
         if took_s < min(max(SAMPLE_S, SAMPLE_ROUND_TRIPS * self.round_trip_s), LONGEST_SAMPLE_S):

@@ -119,6 +119,7 @@ class Session:
                     manifest,
                     downlink,
                     momentum_follows=exchange.own_weight == "predicted",
+                    num_fragments=num_fragments,
                     connection_count=self._link.connection_count(exchange, num_fragments),
                 )
 

@@ -12,7 +12,9 @@ def play(counts: ConnectionCount, rate: Callable[[int], float], seconds: int, *,
     chosen, num_bytes = [], 0.0
     for second in range(seconds):
         num_bytes += rate(counts.count)
-        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True))
+        chosen.append(
+            counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True, round_ended=True)
+        )
     return chosen
 
 
@@ -57,8 +59,24 @@ def test_what_was_sent_before_a_change_says_nothing_of_it() -> None:
         if second % 20 == 0:
             taken_by = counts.count
         num_bytes += window_limited(taken_by)
-        before = counts.observe(second, int(num_bytes), second, in_effect=taken_by == counts.count)
+        in_effect = taken_by == counts.count
+        before = counts.observe(second, int(num_bytes), second, in_effect=in_effect, round_ended=True)
     assert before == 4
+
+
+@pytest.mark.parametrize(("whole_rounds", "kept"), [(True, 4), (False, 1)])
+def test_only_whole_rounds_are_measured(whole_rounds: bool, kept: int) -> None:
+    """Each round begins with small windows: what lies between other answers has more or less of that, and misleads."""
+    counts, now, num_bytes = long_link(), 0.0, 0.0
+    counts.observe(now, 0, now, in_effect=True, round_ended=True)
+    for _ in range(15):
+        now += 2.0
+        for fragment in range(24):
+            now += 3e6 / window_limited(counts.count)
+            num_bytes += 3e6
+            round_ended = fragment == 23 or not whole_rounds
+            counts.observe(now, int(num_bytes), now, in_effect=True, round_ended=round_ended)
+    assert counts.count == kept
 
 
 def test_a_full_link_keeps_one() -> None:
