@@ -61,7 +61,7 @@ _SLOW = LinkShape(rate_mbit=100, delay_ms=50)
 SETTINGS = {
     "1g-up": Setting(shape=_FAST, parameters=100_000_000, uplink="fp32", downlink="bf16", target=0.85),
     "1g-down": Setting(shape=_FAST, parameters=100_000_000, uplink="int4", downlink="fp32", target=0.85, warm_s=80.0),
-    "1g-both": Setting(shape=_FAST, parameters=100_000_000, uplink="int8", downlink="int8", target=0.85),
+    "1g-both": Setting(shape=_FAST, parameters=100_000_000, uplink="int8", downlink="int8", target=0.85, warm_s=75.0),
     "100m-up": Setting(shape=_SLOW, parameters=20_000_000, uplink="fp32", downlink="bf16", target=0.95),
     "100m-down": Setting(shape=_SLOW, parameters=20_000_000, uplink="int4", downlink="fp32", target=0.95),
     "lossy-both": Setting(

@@ -23,6 +23,10 @@ seconds."""
 TRIAL_SAMPLES = 2
 """Measurements before a trial ends in favour of fewer connections: one may have met a busy moment."""
 
+MOST_GROWING = 5
+"""Measurements after a change that may be passed over while each shows more than the one before: the windows of TCP and
+of gRPC grow over several rounds."""
+
 RETRY_S, LONGEST_RETRY_S = 120.0, 3600.0
 """Seconds after which others are tried again: links change, but rarely. Doubled while nothing better is found."""
 
@@ -96,6 +100,7 @@ class ConnectionCount:
         self._retry_at_s: float | None = None
         self.round_trip_s: float | None = None
         self._began: _Sample | None = None
+        self._growing: list[float] = []
         self._is_warm = False
 
     def round_trip(self, took_s: float) -> None:
@@ -120,7 +125,7 @@ class ConnectionCount:
             `count`.
         """
         if not in_effect:
-            self._began, self._is_warm = None, False
+            self._began, self._growing, self._is_warm = None, [], False
             return self.count
         if self._is_fixed or not round_ended:
             return self.count
@@ -134,12 +139,15 @@ class ConnectionCount:
             return self.count
         rate = (num_bytes - self._began.num_bytes) / took_s
         self._began = _Sample(num_bytes, active_s)
-        # The first measurement after a change has windows that still grow, or bytes of the time before.
+        self._is_warm = self._is_warm or self._has_grown(rate)
         if self._is_warm:
             self._decide(now, rate)
-        else:
-            self._is_warm = True
         return self.count
+
+    def _has_grown(self, rate: float) -> bool:
+        """Whether the measurements since a change show no more growth; the first may have bytes of the time before."""
+        self._growing.append(rate)
+        return len(self._growing) > MOST_GROWING or (len(self._growing) > 1 and rate < GAIN * self._growing[-2])
 
     def _decide(self, now: float, rate: float) -> None:
         if self.count == self._settled:
@@ -177,6 +185,7 @@ class ConnectionCount:
         self._change(self._settled)
 
     def _change(self, count: int) -> None:
-        self._is_warm = self._is_warm and count == self.count
+        if count != self.count:
+            self._growing, self._is_warm = [], False
         self._tried = []
         self.count = count
