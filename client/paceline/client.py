@@ -12,9 +12,9 @@ import torch
 from paceline.calls import REACH_S
 from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
-from paceline.connection import OutgoingPush
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
 from paceline.link_settings import LinkSettings
+from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
 from paceline.uplink import Uplink
 from paceline.worker import ReceivedUpdate

@@ -132,7 +132,7 @@ class Session:
             uplink: How pushes are written.
         """
         for connection in self.connections:
-            connection.inner_step_s = inner_step_s
+            connection.membership.inner_step_s = inner_step_s
         if self.configuration.exchange.spread:
             sizes = (uplink.encoded_bytes(fragment.num_elements) for fragment in self.require_manifest().fragments)
             self._pace.spread(sum(sizes), inner_steps * inner_step_s)

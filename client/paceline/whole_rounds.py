@@ -1,6 +1,6 @@
 """When a round's pushes to a shard are all answered, as far as its connection can see. Pure.
 
-A connection is handed pushes and not rounds. A round has one push for each of the shard's fragments. Mostly the next one
+A connection is handed pushes and not rounds. A round has one push for each of the shard's fragments. Mostly the next
 begins when all are answered; with a window of several rounds, pushes are always under way.
 """
 
