@@ -2,8 +2,8 @@
 
 A push is handed over once and its update is awaited; in between, the connection joins (membership.py), opens exchange
 streams, sends, and when a stream breaks waits a little and begins again with everything that was not answered
-(exchange_streams.py). The shard applies each push once, whatever is sent twice. There are as many streams, each on a TCP
-connection of its own, as pay (connection_count.py); which push goes over which is up to dispatch.py. A TCP connection
+(exchange_streams.py). The shard applies each push once, whatever is sent twice. There are as many streams, each on an
+own TCP connection, as pay (connection_count.py); which push goes over which is up to dispatch.py. A TCP connection
 that carries nothing any more is replaced by a new one: a gRPC channel would wait for its old one.
 """
 
