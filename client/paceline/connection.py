@@ -190,6 +190,12 @@ class ShardConnection:
             self._before_change.discard(key)
             self._keep_connections()
 
+    def move(self, target: str) -> None:
+        """Go on with the same shard at another "host:port"; what is unanswered is sent again there."""
+        self.target = target
+        for stripe in self._stripes:
+            stripe.move(target)
+
     async def close(self) -> None:
         """Leave the run and end the connection. Closing twice is not an error."""
         if self._closed:
