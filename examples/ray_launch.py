@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import paceline.ray
-from paceline.ray import WorkerContext
+from paceline.ray import Train, WorkerContext
 
 
 def library_bytes(index: int, num_workers: int) -> Tensor:
@@ -31,7 +31,7 @@ def batch(data: Tensor, step: int) -> tuple[Tensor, Tensor]:
     return data[places], data[places + 1]
 
 
-def trainer(steps: int, save_every: int) -> "paceline.ray.launching.Train":
+def trainer(steps: int, save_every: int) -> Train:
     """The training function for so many inner steps; Ray sends it to the workers."""
 
     def train(worker: WorkerContext) -> float:
@@ -71,12 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="auto", help="of the Ray cluster (default: the one of this host)")
     parser.add_argument("--data-dir", type=Path, required=True, help="absolute path that every node sees")
+    parser.add_argument("--listen", help="host:port of each shard (default: a free port of its node's address)")
     parser.add_argument("--steps", type=int, default=2000, help="inner steps of each worker (default: 2000)")
     parser.add_argument("--save-every", type=int, default=20, help="steps between saved states (default: 20)")
     args = parser.parse_args()
     ray.init(address=args.address)
     train = trainer(args.steps, args.save_every)
-    with paceline.ray.launch(train, data_dir=args.data_dir, shards=2, workers=2, name="example") as run:
+    config = {"listen": args.listen} if args.listen else {}
+    with paceline.ray.launch(train, data_dir=args.data_dir, config=config, shards=2, workers=2, name="example") as run:
         print(f"the run is at {', '.join(run.locate())}", flush=True)
         for index, loss in enumerate(run.wait()):
             print(f"worker {index}, at the end: loss {loss:.3f} nats per byte")

@@ -24,7 +24,7 @@ from paceline_wire.errors import ConfigurationError, InvalidInputError, Paceline
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ray = pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
-    import ray.cluster_utils
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
 
     import paceline.ray
     from integration.ray_training import ENOUGH, fail, train_until_enough
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "outer": {"momentum": 0.9},
     "exchange": {"uplink": "int4", "downlink": "fp32", "fragment_elements": 256, "inner_steps": INNER_STEPS},
 }
-ON = {"shard_options": {"resources": {"shards": 1}}, "worker_options": {"resources": {"workers": 1}}}
+ON: dict[str, Any] = {"shard_options": {"resources": {"shards": 1}}, "worker_options": {"resources": {"workers": 1}}}
 FRAGMENTS = 3
 
 
@@ -57,7 +57,7 @@ class KillableCluster:
             "health_check_failure_threshold": 2,
         }
         head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": health}
-        self._cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
         self._nodes: list[Any] = []
         for kind in ("shards", "shards", "workers", "workers"):
             self.add(kind)
@@ -179,7 +179,7 @@ async def test_nodes_die_and_no_push_is_lost(cluster: KillableCluster, tmp_path:
     assert [result["refused"] for result in results] == [0, 0]
     _, kept = read_parameters(tmp_path)
     assert torch.equal(live["x"], kept["x"])
-    fragments = {}
+    fragments: dict[int, Any] = {}
     for index in range(2):
         fragments |= recover(ShardDirectory(tmp_path, index)).shard.fragments
     assert len(fragments) == FRAGMENTS
@@ -220,7 +220,7 @@ def test_a_training_function_that_fails_is_told(cluster: KillableCluster, tmp_pa
 def test_the_example(cluster: KillableCluster, tmp_path: Path) -> None:
     """ray_launch.py trains two workers on the cluster and says what they reached."""
     command = [sys.executable, str(ROOT / "examples" / "ray_launch.py"), "--address", cluster.address]
-    command += ["--data-dir", str(tmp_path), "--steps", "60"]
+    command += ["--data-dir", str(tmp_path), "--listen", "127.0.0.1:0", "--steps", "60"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"at the end: loss ([\d.]+) nats", done.stdout)]

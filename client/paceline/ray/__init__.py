@@ -11,6 +11,6 @@ if importlib.util.find_spec("ray") is None:
 from paceline.ray.launching import attach, launch
 from paceline.ray.running import RayRun, RunStatus
 from paceline.ray.status import ActorStatus
-from paceline.ray.training import WorkerContext
+from paceline.ray.training import Train, WorkerContext
 
-__all__ = ["ActorStatus", "RayRun", "RunStatus", "WorkerContext", "attach", "launch"]
+__all__ = ["ActorStatus", "RayRun", "RunStatus", "Train", "WorkerContext", "attach", "launch"]

@@ -25,10 +25,11 @@ class BookFollower:
 
     Args:
         spec: The run.
-        changed: Called on that thread whenever the book has changed or has begun anew; None: nobody.
+        changed: Called on that thread with what the book says, whenever it has changed or has begun anew: empty for
+            shards that it does not know, or no longer. None: nobody.
     """
 
-    def __init__(self, spec: RunSpec, changed: Callable[[], None] | None = None) -> None:
+    def __init__(self, spec: RunSpec, changed: Callable[[list[str]], None] | None = None) -> None:
         self._spec = spec
         self._changed = changed
         self._known = [""] * spec.num_shards
@@ -88,4 +89,4 @@ class BookFollower:
                 if all(self._known):
                     self._is_complete.set()
                 if self._changed is not None:
-                    self._changed()
+                    self._changed(addresses)

@@ -114,7 +114,7 @@ class ShardActor:
             self._tell(shards=self._addresses())
             self._heard()
             self._state, self._error = "serving", ""
-            self._book_changed()
+            self._tell_where_shards_are()
             code = process.wait()
         finally:
             self._address = ""
@@ -133,18 +133,20 @@ class ShardActor:
         addresses[self._index] = self._address
         return addresses
 
-    def _book_changed(self) -> None:
+    def _book_changed(self, written: list[str]) -> None:
         """Hear of shards that move, and write into a book that does not know, or no longer knows, where this one is."""
         address = self._address
         if not address:
             return
-        known = self._book.addresses()
-        if not known or known[self._index] != address:
+        if written[self._index] != address:
             self._book.report(self._index, address)
         if self._state == "serving":
-            # A process that has just ended is started again, and then told.
-            with suppress(OSError, ValueError):
-                self._tell(shards=self._addresses())
+            self._tell_where_shards_are()
+
+    def _tell_where_shards_are(self) -> None:
+        # A process that has just ended is started again, and then told.
+        with suppress(OSError, ValueError):
+            self._tell(shards=self._addresses())
 
     def _tell(self, **message: object) -> None:
         with self._speaking:
