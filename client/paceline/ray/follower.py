@@ -74,7 +74,8 @@ class BookFollower:
 
     def _follow(self) -> None:
         version = 0
-        while not self._closed.is_set():
+        # Asked when this process has left the cluster, Ray would join it again by itself.
+        while not self._closed.is_set() and ray.is_initialized():
             try:
                 answer = self._book().changed.remote(version, PATIENCE_S)
                 newest, addresses = ray.get(answer, timeout=2 * PATIENCE_S)
