@@ -143,6 +143,12 @@ class ShardConnection:
             more_follow = bool(self._streams.unanswered)
             self._keep_connections(round_ended=self._rounds.answered(push.fragment, more_follow=more_follow))
 
+    def move(self, target: str) -> None:
+        """Go on with the same shard at another "host:port"; what is unanswered is sent again there."""
+        self.target = target
+        for stripe in self._stripes:
+            stripe.move(target)
+
     async def close(self) -> None:
         """Leave the run and end the connection. Closing twice is not an error."""
         if self._closed:

@@ -24,6 +24,7 @@ from paceline.local_momentum import LocalMomentum
 from paceline.loop import exchange_loop
 from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
+from paceline.whereabouts import Locate
 from paceline.worker import EndedRound, Overlap, ReceivedUpdate, Worker, WorkerSettings
 from paceline.worker_state import SavedFragment, SavedPush, SavedWorker, staleness
 from paceline_wire import codecs
@@ -67,6 +68,7 @@ class ExchangeSettings:
         uplink: Name of the codec of pushes.
         downlink: Name of the codec of updates.
         link: How it uses its link.
+        locate: Says where the shards are now; None: they stay where they are.
     """
 
     worker_id: str
@@ -75,6 +77,7 @@ class ExchangeSettings:
     uplink: str | None
     downlink: str | None
     link: LinkSettings
+    locate: Locate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,8 @@ class Exchanger:
         self._loop = exchange_loop()
         self._session: Session | None = None
         try:
-            session = self._wait_for(open_session(address, settings.access, link=settings.link))
+            opening = open_session(address, settings.access, link=settings.link, locate=settings.locate)
+            session = self._wait_for(opening)
             self._session = session
             exchange = session.configuration.exchange
             self._uplink = codecs.codec(settings.uplink) if settings.uplink else codecs.codec_of_wire(exchange.uplink)
