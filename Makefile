@@ -21,8 +21,10 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
 
+# Two at a time, by default: most tests wait for other processes.
+PYTEST_PROCESSES ?= 2
 unit: $(VENV)/.dev
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(PYTEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
 
 # Runs on a local Ray cluster of several nodes, which are killed; Ray gets an environment of its own.
 test-ray: $(RAY)/.ray

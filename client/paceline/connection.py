@@ -145,7 +145,7 @@ class ShardConnection:
 
     def move(self, target: str) -> None:
         """Go on with the same shard at another "host:port"; what is unanswered is sent again there."""
-        self.target = target
+        self.membership.target = target
         for stripe in self._stripes:
             stripe.move(target)
 
