@@ -1,4 +1,4 @@
-"""What is fuzzed: a target takes bytes, does with them what the product does, and says in a few words what came of it."""
+"""What is fuzzed: a target takes bytes, does with them what the product does, and says what came of it."""
 
 import random
 from abc import ABC, abstractmethod

@@ -2,18 +2,25 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline_server.config import ServerConfig
+from paceline_server.journal import Decided, FragmentInitialized, Record
+from paceline_server.ledger import Decision, Ledger, Outcome
+from paceline_server.rules.base import Contribution
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import Recovered, read_records, recover
+from paceline_server.storage.repair import examine, restore
 from paceline_server.storage.snapshot import SnapshotWriter, load_snapshot
 from paceline_server.storage.store import kept_config
+from paceline_server.storage.writing import write_state
 from paceline_wire.errors import StorageError
 from support_storage import CONFIG, PlayedShard, assert_same_state, flipped
 
@@ -263,3 +270,52 @@ def test_a_directory_serves_one_process_at_a_time(directory: ShardDirectory) -> 
         pass
     with directory.locked():
         pass
+
+
+def misfits() -> dict[str, tuple[bool, Record]]:
+    """Records that are whole and do not fit what is before them, and whether that is a run with parameters."""
+    decision = Decision(outcome=Outcome.APPLIED, reason="")
+    entering = Contribution(bins_late=0, share=1.0, bin=0, place=0, quota=1)
+    decided = Decided(fragment=0, time_s=1.0, push=None, decision=decision, ledger=Ledger())
+    payload = torch.zeros(8, dtype=torch.uint8)
+    return {
+        "a decision before the parameters": (False, decided),
+        "a decision about another shard's fragment": (True, replace(decided, fragment=99)),
+        "a push without its payload": (True, replace(decided, decision=replace(decision, contribution=entering))),
+        "a payload without its push": (True, replace(decided, codec="int4", payload=payload)),
+        "an unknown codec": (True, replace(decided, codec="int5", payload=payload)),
+        "bins that close again": (True, replace(decided, decision=replace(decision, bins_opened_before=-1))),
+        "first values of no fragment": (True, FragmentInitialized(fragment=99, payload=payload)),
+        "first values of another size": (True, FragmentInitialized(fragment=1, payload=payload)),
+    }
+
+
+@pytest.mark.parametrize("kind", misfits())
+def test_a_record_that_does_not_fit_is_named(directory: ShardDirectory, kind: str) -> None:
+    """It ends the journal as damage does: recovery names the last good record, and repair can go back to it."""
+    begun, record = misfits()[kind]
+    shard = played(directory) if begun else PlayedShard(directory)
+    good = shard.newest_record
+    shard.append(record)
+    shard.close()
+    with pytest.raises(StorageError, match=rf"after record {good}, .* record {good + 1} does not fit .*paceline repair"):
+        recover(directory, CONFIG)
+    found = examine(directory)
+    assert found.good == good
+    if not begun:
+        with pytest.raises(StorageError, match="has no parameters yet"):
+            restore(directory, found)
+        return
+    restore(directory, found)
+    assert_same_state(shard.shard, recover(directory, CONFIG).shard)
+
+
+def test_a_snapshot_of_another_division_is_refused(directory: ShardDirectory) -> None:
+    """Its fragments must be those that its configuration gives the shard."""
+    shard = played(directory)
+    number = shard.rotate()
+    shard.close()
+    config = kept_config(CONFIG.model_copy(update={"shards": 2}))
+    write_state(directory, shard.shard, number=number, time_s=1.0, config=config)
+    with pytest.raises(StorageError, match="is of 1 shards, and its configuration of 2"):
+        recover(directory, CONFIG)

@@ -180,7 +180,7 @@ class SnapshotTarget(Target):
         """What the snapshot says of itself; and changes to each file's bytes."""
         said = {"said": json.loads(self._files[MANIFEST_FILE])}
         return [
-            json.dumps(said).encode(),
+            *[json.dumps(said).encode()] * len(self._files),
             *(json.dumps({"file": name, "at": 9, "bytes": [1], "fits": 1}).encode() for name in self._files),
             *(json.dumps({"file": name, "at": 9, "bytes": [1]}).encode() for name in self._files),
         ]
@@ -215,7 +215,7 @@ class SnapshotTarget(Target):
         except (ValueError, RecursionError):
             files[MANIFEST_FILE] = data
             return False
-        if isinstance(change, dict) and change.get("file") in files:
+        if isinstance(change, dict) and isinstance(change.get("file"), str) and change["file"] in files:
             name, at, piece = change["file"], change.get("at"), change.get("bytes")
             if type(at) is int and isinstance(piece, list):
                 octets = bytes(each % 256 for each in piece if type(each) is int)
@@ -281,8 +281,9 @@ class RecoveryTarget(Target):
             elif kind == 3:
                 del order[at + 1 :]
             else:
-                said = json.loads(self._records[at].said)
-                change["said"] = {str(at): changed_json(rng, said, json.loads(self._records[-1].said))}
+                index = order[at] % len(self._records)
+                said = json.loads(self._records[index].said)
+                change["said"] = {str(index): changed_json(rng, said, json.loads(self._records[-1].said))}
             return json.dumps(change).encode()
         return mutated_json(rng, data, other)
 
@@ -313,7 +314,7 @@ class RecoveryTarget(Target):
             order, said = change["records"], change.get("said", {})
             for index in order:
                 record = self._records[index % len(self._records)]
-                other = said.get(str(index))
+                other = said.get(str(index % len(self._records)))
                 if other is None or _endless(other):
                     yield record
                 else:

@@ -34,7 +34,7 @@ def stretched(data: bytes, size: int) -> bytes:
 
 
 class CodecTarget(Target):
-    """Check, decode and apply: what is taken decodes to finite numbers, whole and in pieces, by either implementation."""
+    """Check, decode and apply: what is taken is finite, the same whole and in pieces, and by either implementation."""
 
     name: ClassVar[str] = "codecs"
     inputs: ClassVar[int] = 150_000
@@ -126,7 +126,7 @@ class DeltaTarget(Target):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         use_kernels_for_small_fragments()
-        self._values = torch.linspace(-3e38, 3e38, 600)
+        self._values = torch.linspace(-1.5e38, 1.5e38, 600)
 
     def seeds(self) -> Sequence[bytes]:
         """Updates in every codec, with momentum behind and without."""
