@@ -162,9 +162,7 @@ class PlayedShard:
         """Give the shard parameters."""
         self.shard.take_manifest(MANIFEST, 7)
         shard = self.shard
-        self.append(
-            Initialized(manifest=MANIFEST, initialization_id=7, shard=shard.index, num_shards=shard.num_shards)
-        )
+        self.append(Initialized(manifest=MANIFEST, initialization_id=7, shard=shard.index, num_shards=shard.num_shards))
         exact = codecs.codec("fp32")
         for index, hosted in self.shard.fragments.items():
             values = normal(hosted.plan.num_elements, seed + index)

@@ -1,9 +1,11 @@
 """All targets by name."""
 
 from fuzz.target import Target
+from fuzz.targets.calls import CallsTarget
 from fuzz.targets.directories import RecordTarget, RecoveryTarget, SegmentTarget, SnapshotTarget
 from fuzz.targets.files import ArrivalsTarget, ConfigTarget, TokensTarget, WorkerStateTarget
 from fuzz.targets.numbers import CodecTarget, DeltaTarget
+from fuzz.targets.sockets import GrpcTarget, Http2Target
 from fuzz.targets.wire import BulkTarget, ManifestTarget, TransferTarget
 
 TARGETS: dict[str, type[Target]] = {
@@ -12,5 +14,6 @@ TARGETS: dict[str, type[Target]] = {
         *(BulkTarget, ManifestTarget, TransferTarget, CodecTarget, DeltaTarget),
         *(ConfigTarget, TokensTarget, ArrivalsTarget, WorkerStateTarget),
         *(RecordTarget, SegmentTarget, SnapshotTarget, RecoveryTarget),
+        *(CallsTarget, GrpcTarget, Http2Target),
     )
 }

@@ -26,7 +26,7 @@ DEADLINE_S = 5.0
 
 MOST_FINDINGS = 10
 _NEWEST = 16
-_VARIABLE = re.compile(r"0x[0-9a-fA-F]+|(?<![A-Za-z])[0-9][0-9a-fA-Fx.e+-]*|'[^']*'|\"[^\"]*\"|\[[^\]]*\]|/[\w./-]+")
+_VARIABLE = re.compile(r"0x[0-9a-fA-F]+|(?<![A-Za-z0-9])[0-9][0-9a-fA-Fx.e+-]*|'[^']*'|\"[^\"]*\"|\[[^\]]*\]|/[\w./-]+")
 _LONGEST_OUTCOME = 120
 
 

@@ -298,7 +298,9 @@ def test_a_record_that_does_not_fit_is_named(directory: ShardDirectory, kind: st
     good = shard.newest_record
     shard.append(record)
     shard.close()
-    with pytest.raises(StorageError, match=rf"after record {good}, .* record {good + 1} does not fit .*paceline repair"):
+    with pytest.raises(
+        StorageError, match=rf"after record {good}, .* record {good + 1} does not fit .*paceline repair"
+    ):
         recover(directory, CONFIG)
     found = examine(directory)
     assert found.good == good
