@@ -17,6 +17,7 @@ from paceline_server.config import ServerConfig
 from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
+from paceline_server.grpc_log import leave_out_unreadable_messages
 from paceline_server.held import Holdings
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
@@ -29,7 +30,7 @@ from paceline_wire import bulk
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.memory import keep_large_buffers
 from paceline_wire.transfer import MAX_MESSAGE_BYTES
-from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+from paceline_wire.v1 import admin_pb2
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class ShardServer:
 
     def __init__(self, config: ServerConfig, index: int) -> None:
         keep_large_buffers()
+        leave_out_unreadable_messages()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
         self._config = config
@@ -174,8 +176,9 @@ class ShardServer:
         self._watches.append(watch)
 
     def _register(self) -> None:
-        self._server.add_generic_rpc_handlers((bulk.handlers(self._service),))
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._engine, self._snapshotter), self._server)
+        admin = AdminService(self._engine, self._snapshotter)
+        admin_service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+        self._server.add_generic_rpc_handlers((bulk.handlers(self._service), bulk.handlers(admin, admin_service)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,

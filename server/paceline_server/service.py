@@ -60,13 +60,24 @@ def with_status(
     @functools.wraps(method)
     async def translated(self: Any, request: Any, context: Context) -> _Response:
         try:
-            return await method(self, request, context)
+            return await method(self, readable(request), context)
         except PacelineError as error:
             await abort(context, error)
         except DecodeError as error:
             await abort(context, unreadable(error))
 
     return translated
+
+
+def readable(request: Any) -> Any:
+    """A single request, as `bulk.handlers` hands it over.
+
+    Raises:
+        DecodeError: It could not be read.
+    """
+    if isinstance(request, DecodeError):
+        raise request
+    return request
 
 
 def unreadable(error: DecodeError) -> InvalidInputError:
@@ -222,13 +233,15 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     ) -> None:
         """Send current values, fragment by fragment."""
         try:
-            codec = self._whole(request.codec)
+            codec = self._whole(readable(request).codec)
             self._engine.shard.refuse_uninitialized()
             fragments = request.fragments or sorted(self._engine.shard.fragments)
             with self._engine.buffers.stream():
                 await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 

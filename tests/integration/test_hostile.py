@@ -1,9 +1,13 @@
 """What no honest client sends: each gets a named error and a sentence, and neither state nor others suffer."""
 
 import contextlib
+import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -374,3 +378,46 @@ def test_whatever_is_sent_no_end_is_an_accident(hostile: RawWorker, messages: li
     with contextlib.suppress(grpc.RpcError):
         list(call)
     assert call.code() is grpc.StatusCode.OK or ended(call).error
+
+
+UNARY = {
+    "ParameterServerService": ("Describe", "Join", "Heartbeat", "Leave", "Fetch"),
+    "AdminService": ("Status",),
+}
+
+
+@pytest.mark.parametrize("path", [f"{service}/{name}" for service, names in UNARY.items() for name in names])
+def test_a_single_request_that_is_no_message_is_the_callers_error(hostile: RawWorker, address: str, path: str) -> None:
+    """It is refused by name, as in a stream, and is not called an accident of the server."""
+    with grpc.insecure_channel(address) as channel:
+        make = channel.unary_stream if path.endswith("Fetch") else channel.unary_unary
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = make(f"/paceline_wire.v1.{path}")
+        with pytest.raises(grpc.RpcError) as refused:
+            list(method(b"\xff" * 9, timeout=PATIENCE_S))
+    expect(ended(refused.value), "InvalidInputError", INVALID, "no message of the protocol")
+
+
+def test_unreadable_requests_do_not_fill_the_log(tmp_path: Path) -> None:
+    """Health checks need no token: what is no request there leaves no traceback behind."""
+    command = [sys.executable, "-m", "paceline", "serve", "--json", "--listen", "127.0.0.1:0"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+        assert process.stdout is not None
+        shard = json.loads(process.stdout.readline())["shards"][0]
+        for service in ("grpc.health.v1.Health/Check", "paceline_wire.v1.ParameterServerService/Join"):
+            with grpc.insecure_channel(shard) as channel:
+                method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{service}")
+                with pytest.raises(grpc.RpcError):
+                    method(b"\xff" * 9, timeout=PATIENCE_S, wait_for_ready=True)
+        process.terminate()
+        process.wait(PATIENCE_S)
+    assert b"Traceback" not in (tmp_path / "log").read_bytes()
+
+
+def test_a_speed_that_nobody_has_is_refused(hostile: RawWorker) -> None:
+    """Steps of more than a week are refused; the longest that are taken fit into the status."""
+    hostile.heartbeat(7 * 24 * 3600 * 1_000_000)
+    assert any(member.inner_step_us == 7 * 24 * 3600 * 1_000_000 for member in hostile.status().members)
+    with pytest.raises(grpc.RpcError) as refused:
+        hostile.heartbeat(BIGGEST)
+    expect(ended(refused.value), "InvalidInputError", INVALID, "604800 at most")
+    assert any(member.worker_id == "hostile" for member in hostile.status().members)

@@ -186,8 +186,8 @@ class _Replay:
         self._shard.take_manifest(snapshot.manifest, meta.initialization_id)
         if self._shard.fragments.keys() != snapshot.fragments.keys():
             raise StorageError(
-                f"snapshot {meta.number} in {self._directory.path} is of {meta.num_shards} shards, and its configuration "
-                f"of {self._shard.num_shards}; {_REPAIR}"
+                f"snapshot {meta.number} in {self._directory.path} is of {meta.num_shards} shards, and its "
+                f"configuration of {self._shard.num_shards}; {_REPAIR}"
             )
         for index in self._shard.fragments:
             self._shard.restore_fragment(index, snapshot.fragments[index])

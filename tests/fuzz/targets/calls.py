@@ -171,11 +171,10 @@ def _announced_honestly(request: type[Message], message: bytes) -> bytes:
         parsed: Any = request.FromString(message)
     except DecodeError:
         return message
-    for name in ("push", "fragment"):
-        if name in request.DESCRIPTOR.fields_by_name and request in (pb.ExchangeRequest, pb.InitializeRequest):
-            if parsed.HasField(name):
-                announced = getattr(parsed, name).payload
-                announced.num_bytes, announced.crc32 = len(parsed.data), zlib.crc32(parsed.data)
+    name = {pb.ExchangeRequest: "push", pb.InitializeRequest: "fragment"}.get(request)
+    if name is not None and parsed.HasField(name):
+        announced = getattr(parsed, name).payload
+        announced.num_bytes, announced.crc32 = len(parsed.data), zlib.crc32(parsed.data)
     return bytes(parsed.SerializeToString())
 
 

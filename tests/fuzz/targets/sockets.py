@@ -1,7 +1,7 @@
 """A real server over real sockets: calls with any bytes for messages, and connections with any bytes for HTTP/2.
 
-The server runs in a process of its own, on a data directory. An honest worker exchanges beside the inputs. At the end the
-journal is played again without them: every value that the honest worker was sent must come out of it, bit for bit.
+The server runs in a process of its own, on a data directory. An honest worker exchanges beside the inputs. At the end
+the journal is played again without them: every value that the worker was sent must come out of it, bit for bit.
 """
 
 import contextlib
@@ -239,9 +239,7 @@ class GrpcTarget(_SocketTarget):
         named = dict(error.trailing_metadata() or ()).get(ERROR_METADATA_KEY)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and not endless:
             raise ViolationError(f"{method.name} does not end")
-        unreadable = code is grpc.StatusCode.INTERNAL and "deserializing request" in details
-        ours = method in METHODS and not unreadable
-        if ours and named is None:
+        if method in METHODS and named is None:
             raise ViolationError(f"{method.name} ended by accident: {code.name} {details}")
         return f"{code.name} {named}: {details}"
 
