@@ -9,9 +9,9 @@ _LOGGER = "grpc._cython.cygrpc"
 
 class _Readable(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let everything pass but the tracebacks of messages that could not be read."""
+        """Let everything pass but the tracebacks of messages and headers that could not be read."""
         kind = record.exc_info[0] if record.exc_info else None
-        return kind is None or not issubclass(kind, DecodeError)
+        return kind is None or not issubclass(kind, (DecodeError, UnicodeDecodeError))
 
 
 _FILTER = _Readable()

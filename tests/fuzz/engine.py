@@ -128,8 +128,8 @@ def fuzz(target: Target, *, inputs: int, seed: int, note: Callable[[bytes], None
     report.seconds = time.perf_counter() - began_s
     try:
         target.finish()
-    except ViolationError as error:
-        report.findings.append(Finding(target=target.name, problem=f"at the end: {error}", data=b""))
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is what is looked for
+        report.findings.append(Finding(target=target.name, problem=f"at the end: {error!r}", data=b""))
     return report
 
 

@@ -421,3 +421,23 @@ def test_a_speed_that_nobody_has_is_refused(hostile: RawWorker) -> None:
         hostile.heartbeat(BIGGEST)
     expect(ended(refused.value), "InvalidInputError", INVALID, "604800 at most")
     assert any(member.worker_id == "hostile" for member in hostile.status().members)
+
+
+def test_a_method_whose_name_is_no_text_does_not_end_the_server(address: str, hostile: RawWorker) -> None:
+    """Some versions of gRPC end their server then; the shard serves on, at its port and with its state."""
+    host, _, port = address.rpartition(":")
+    headers = {":method": b"POST", ":scheme": b"http", ":path": b"/a\xff/b", "content-type": b"application/grpc"}
+    fields = [
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value for name, value in headers.items()
+    ]
+    block = b"".join(fields)
+    settings_frame, headers_frame = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), bytes([0, 0, len(block), 1, 5, 0, 0, 0, 1])
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings_frame + headers_frame + block)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+        request = pb.HeartbeatRequest(worker=hostile.worker)
+        assert hostile.stub.Heartbeat(request, timeout=PATIENCE_S, wait_for_ready=True).active_workers > 0

@@ -20,7 +20,17 @@ import torch
 from fuzz.mutation import framed, frames, mutated_bytes
 from fuzz.resources import open_files, resident_bytes
 from fuzz.target import Target, ViolationError
-from fuzz.targets.calls import FRAGMENT, MANIFEST, METHODS, SIZES, Method, conversations, follow, mutated_conversation
+from fuzz.targets.calls import (
+    FRAGMENT,
+    HOSTILE,
+    MANIFEST,
+    METHODS,
+    SIZES,
+    Method,
+    conversations,
+    follow,
+    mutated_conversation,
+)
 from fuzz.targets.files import memory_folder
 from integration.killable import KillableServer
 from integration.raw import RawWorker
@@ -29,12 +39,16 @@ from paceline_server.journal import Decided, FragmentInitialized, Initialized
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import read_records
-from paceline_wire import codecs
+from paceline_wire import PROTOCOL_VERSION, codecs
 from paceline_wire.errors import ERROR_METADATA_KEY
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 CALL_S = 4.0
 HONEST_EVERY = 50
 """Inputs between two pushes of the honest worker."""
+
+NEW_MEMBER_EVERY = 25
+"""Inputs for which a hostile worker has one name: sooner or later it leaves, or joins as a newer one."""
 
 MOST_GROWTH_BYTES = 96 << 20
 """What the server may take more than after its first inputs: gRPC keeps what its largest messages took."""
@@ -94,6 +108,12 @@ class _Server:
         self.sent[self._seq] = zlib.crc32(values.numpy().tobytes())
         if self._seq == 10:
             self._bytes, self._files = self._held()
+
+    def join(self, worker: str) -> None:
+        """Make the hostile worker a member under a name of as many letters."""
+        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=HOSTILE)
+        request.worker.worker_id = worker
+        self._honest.stub.Join(request, timeout=CALL_S)
 
     def _held(self) -> tuple[int, int]:
         pids = _family(self.process.process.pid)
@@ -201,6 +221,8 @@ class GrpcTarget(_SocketTarget):
         super().__init__()
         self._channel = grpc.insecure_channel(self.server.address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._methods = (*METHODS, *_OTHER_METHODS)
+        self._calls = 0
+        self._name = b""
 
     def seeds(self) -> Sequence[bytes]:
         """Honest calls."""
@@ -218,7 +240,11 @@ class GrpcTarget(_SocketTarget):
     def send(self, data: bytes) -> str:
         """Make the call; one of ours ends in order or with one of our errors, never by an accident."""
         method = self._methods[data[:1].ljust(1, b"\0")[0] % len(self._methods)]
-        messages = frames(data[2:])
+        if self._calls % NEW_MEMBER_EVERY == 0:
+            self._name = f"h{self._calls:06d}".encode()
+            self.server.join(self._name.decode())
+        self._calls += 1
+        messages = frames(data[2:].replace(HOSTILE.worker_id.encode(), self._name))
         path = f"/{method.service}/{method.name}"
         make = getattr(self._channel, f"{_kind(method.streams_in)}_{_kind(method.streams_out)}")
         callable_: grpc.UnaryUnaryMultiCallable[object, object] = make(path)
