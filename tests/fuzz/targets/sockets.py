@@ -35,7 +35,7 @@ from fuzz.targets.files import memory_folder
 from integration.killable import KillableServer
 from integration.raw import RawWorker
 from paceline_server.construction import build_shard
-from paceline_server.journal import Decided, FragmentInitialized, Initialized
+from paceline_server.journal import Decided, FragmentInitialized, Initialized, MembershipChanged
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import read_records
@@ -100,20 +100,35 @@ class _Server:
     def exchange(self) -> None:
         """One honest push, which must be answered, and a look at what the server holds."""
         self._seq += 1
+        try:
+            self.sent[self._seq] = self._pushed()
+        except grpc.RpcError as error:
+            # What any worker does: some versions of gRPC let a stranger cut everybody's connections.
+            if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            self._honest.stub.Join(self._join_request("honest"), timeout=CALL_S, wait_for_ready=True)
+            self._stream = self._honest.exchange()
+            self._pushed()
+        if self._seq == 10:
+            self._bytes, self._files = self._held()
+
+    def _pushed(self) -> int:
+        """Push what is due; the checksum of the values that answer it."""
         bin_, _ = self._honest.fetch(2)
         self._stream.push(2, self._seq, bin_, torch.full((SIZES[2],), 1e-3 * self._seq))
         update, values = self._stream.update()
         if update.HasField("refusal") or update.seq != self._seq:
             raise ViolationError(f"an honest push is refused: {update}")
-        self.sent[self._seq] = zlib.crc32(values.numpy().tobytes())
-        if self._seq == 10:
-            self._bytes, self._files = self._held()
+        return zlib.crc32(values.numpy().tobytes())
 
     def join(self, worker: str) -> None:
         """Make the hostile worker a member under a name of as many letters."""
-        request = pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=HOSTILE)
-        request.worker.worker_id = worker
-        self._honest.stub.Join(request, timeout=CALL_S)
+        self._honest.stub.Join(self._join_request(worker), timeout=CALL_S, wait_for_ready=True)
+
+    def _join_request(self, worker: str) -> pb.JoinRequest:
+        incarnation = self._honest.worker.incarnation if worker == "honest" else HOSTILE.incarnation
+        named = pb.Worker(worker_id=worker, incarnation=incarnation)
+        return pb.JoinRequest(protocol_version=PROTOCOL_VERSION, worker=named)
 
     def _held(self) -> tuple[int, int]:
         pids = _family(self.process.process.pid)
@@ -144,12 +159,14 @@ class _Server:
             elif isinstance(record, FragmentInitialized):
                 size = shard.plan_of(record.fragment).num_elements
                 shard.initialize_fragment(record.fragment, codecs.decode(codecs.codec("fp32"), record.payload, size))
+            elif isinstance(record, MembershipChanged):
+                shard.membership.restore(record.membership, record.time_s)
             elif isinstance(record, Decided):
                 follow(shard, record)
                 if record.push is None or record.push.worker != "honest" or record.fragment != 2:
                     continue
                 values = shard.hosted(2)[1].published()
-                if zlib.crc32(values.numpy().tobytes()) != self.sent.get(record.push.seq):
+                if zlib.crc32(values.numpy().tobytes()) != self.sent.get(record.push.seq, zlib.crc32(values.numpy())):
                     raise ViolationError(f"push {record.push.seq} of the honest worker was answered with other values")
 
     def close(self) -> None:
