@@ -3,9 +3,11 @@
 Exit code 1: there were findings; their inputs are in the folder that --findings names.
 """
 
+import contextlib
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,17 +129,22 @@ def _watched(name: str, inputs: int, options: Options) -> dict[str, Any]:
         note_path.write_bytes(bytes(_NOTE_BYTES))
         command = [sys.executable, "-m", "fuzz", "--child", name, "--inputs", str(inputs), "--seed", str(options.seed)]
         command += ["--note", str(note_path), *(["--grow"] if options.grow else [])]
-        with said_path.open("wb") as said:
-            process = subprocess.Popen(command, stdout=said, stderr=subprocess.PIPE)
+        errors_path = Path(folder) / "errors"
+        with said_path.open("wb") as said, errors_path.open("wb") as errors:
+            process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True)
         note = _Note(note_path)
-        errors = ThreadPoolExecutor(1).submit(lambda: process.stderr.read() if process.stderr is not None else b"")
-        hung = _hangs(process, note)
+        try:
+            hung = _hangs(process, note)
+        finally:
+            # With the servers that it may have left.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         lines = said_path.read_text().splitlines()
         if process.returncode == 0 and lines:
             result: dict[str, Any] = json.loads(lines[-1])
         else:
             reason = f"no input was done for {HANG_S:g} s" if hung else f"the process ended with {process.returncode}"
-            problem = f"{reason}\n{errors.result().decode(errors='replace')[-4000:]}"
+            problem = f"{reason}\n{errors_path.read_text(errors='replace')[-4000:]}"
             result = {"inputs": note.count, "seconds": 0.0, "outcomes": 0, "corpus": 0}
             result["findings"] = [{"problem": problem, "data": note.data.hex()}]
     _tell(name, result, options.findings)
