@@ -107,7 +107,7 @@ def _run_child(name: str, inputs: int, seed: int, note: Path, *, grow: bool) -> 
     target = TARGETS[name]()
     report = fuzz(target, inputs=inputs, seed=seed, note=_Note(note).write)
     if grow:
-        write_corpus(name, [data for data in report.kept.values() if len(data) <= 4096])
+        write_corpus(name, list(report.kept.values()))
     findings = [{"problem": finding.problem, "data": finding.data.hex()} for finding in report.findings]
     click.echo(
         json.dumps(

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,9 @@ from fuzz.resources import Resources
 from fuzz.target import Target, ViolationError
 
 CORPUS = Path(__file__).with_name("corpus")
+CORPUS_BYTES = 40_000
+"""What the corpus of one target may take in the repository."""
+
 DEADLINE_S = 5.0
 """Seconds for one input. The product takes milliseconds; the rest is for a machine that has other work too."""
 
@@ -75,9 +79,12 @@ def corpus_of(name: str) -> list[bytes]:
 
 
 def write_corpus(name: str, inputs: Sequence[bytes]) -> None:
-    """Keep these inputs for a target, and no others."""
+    """Keep the shortest of these inputs for a target, as far as there is room, and no others."""
     lines = sorted({base64.b64encode(data).decode() for data in inputs}, key=lambda line: (len(line), line))
-    (CORPUS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    sizes = accumulate(len(line) + 1 for line in lines)
+    kept = [line for line, size in zip(lines, sizes, strict=True) if size <= CORPUS_BYTES]
+    CORPUS.mkdir(exist_ok=True)
+    (CORPUS / f"{name}.txt").write_text("".join(f"{line}\n" for line in kept))
 
 
 def played(target: Target, data: bytes) -> tuple[str, bool]:
