@@ -13,7 +13,7 @@ from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
 from paceline_server.streams import MAX_STREAMS
-from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
@@ -117,6 +117,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         shard = self._engine.shard
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
+            oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             configuration=self._configuration,
             manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
             shards=self._shards,
@@ -309,8 +310,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
 
 
 def _require_version(version: int) -> None:
-    if version != PROTOCOL_VERSION:
-        raise ProtocolVersionError(
-            f"the peer speaks protocol version {version} and this server version {PROTOCOL_VERSION}: "
-            f"upgrade the {'server' if version > PROTOCOL_VERSION else 'worker'}"
-        )
+    if OLDEST_PROTOCOL_VERSION <= version <= PROTOCOL_VERSION:
+        return
+    several = f"versions {OLDEST_PROTOCOL_VERSION} to" if OLDEST_PROTOCOL_VERSION < PROTOCOL_VERSION else "version"
+    raise ProtocolVersionError(
+        f"the peer speaks protocol version {version} and this server {several} {PROTOCOL_VERSION}: "
+        f"upgrade the {'server' if version > PROTOCOL_VERSION else 'worker'}"
+    )

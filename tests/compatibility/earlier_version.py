@@ -1,4 +1,4 @@
-"""What is kept of an earlier version: its messages as they were then, and what its client and server said to each other.
+"""What is kept of an earlier version: its messages as they were, and what its client and server said to each other.
 
 `record.py` made it. A peer that speaks only these messages knows nothing of fields that were added since.
 """
@@ -40,7 +40,7 @@ class EarlierVersion:
         self._pool = descriptor_pool.DescriptorPool()
         described = descriptor_pb2.FileDescriptorSet.FromString((self.folder / "descriptors.binpb").read_bytes())
         for file in described.file:
-            self._pool.AddSerializedFile(file.SerializeToString())  # type: ignore[no-untyped-call]
+            self._pool.AddSerializedFile(file.SerializeToString())
 
     def message(self, name: str) -> Any:
         """The class of a message as it was."""
@@ -60,11 +60,16 @@ class EarlierVersion:
         ]
 
     @property
+    def flags(self) -> list[str]:
+        """The flags that the old server was started with."""
+        flags: list[str] = json.loads((self.folder / "about.json").read_text())["flags"]
+        return flags
+
+    @property
     def configuration(self) -> dict[str, Any]:
         """The configuration that the old server had."""
-        flags = json.loads((self.folder / "about.json").read_text())["flags"]
         configuration: dict[str, Any] = {}
-        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        for flag, value in zip(self.flags[::2], self.flags[1::2], strict=True):
             section, _, name = flag.removeprefix("--").replace("-", "_").partition(".")
             configuration.setdefault(section, {})[name] = value
         return configuration

@@ -1,5 +1,7 @@
-"""A shard that speaks an earlier version's messages and nothing newer: plain descent, in memory, one fragment after the
-other. What a newer client says beyond them it does not see."""
+"""A shard that speaks an earlier version's messages and nothing newer: plain descent, in memory.
+
+What a newer client says beyond those messages it does not see.
+"""
 
 import threading
 import zlib
@@ -92,6 +94,7 @@ class OldServer:
         start = next(requests).start
         manifest = Manifest.from_wire(pb.Manifest.FromString(start.manifest.SerializeToString()))
         parts: dict[int, bytes] = {}
+        index = 0
         for message in requests:
             index = message.fragment.fragment if message.HasField("fragment") else index
             parts[index] = parts.get(index, b"") + message.data

@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]  # it has no types
 
 SERVICE = "paceline_wire.v1.ParameterServerService"
 FLAGS = (
@@ -74,7 +74,8 @@ class Relay(grpc.GenericRpcHandler):
                 messages.append(["up", base64.b64encode(message).decode()])
                 yield message
 
-        call = self._upstream.stream_stream(method)(up())
+        relay: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._upstream.stream_stream(method)
+        call = relay(up())
         async for message in call:
             messages.append(["down", base64.b64encode(message).decode()])
             await context.write(self._here(message) if method.endswith("/Describe") else message)
@@ -102,7 +103,7 @@ async def record(old: Path, data_dir: Path | None, described: descriptor_pb2.Fil
     """Let the old client train against the old server; returns the calls."""
     pool = descriptor_pool.DescriptorPool()
     for file in described.file:
-        pool.Add(file)  # type: ignore[no-untyped-call]
+        pool.AddSerializedFile(file.SerializeToString())
     answer = message_factory.GetMessageClass(pool.FindMessageTypeByName("paceline_wire.v1.DescribeResponse"))
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(old / side) for side in ("proto", "client", "server"))}
     command = [sys.executable, "-m", "paceline", "serve", "--json", "--listen", "127.0.0.1:0"]

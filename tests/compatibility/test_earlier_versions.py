@@ -37,10 +37,14 @@ class OldClient:
         self._channel = grpc.insecure_channel(address)
 
     def say(self, call: Call) -> list[Any]:
-        """Make a call again, each message once as many answers have come as had then; the answers, without reports."""
+        """Make a call again, each message once as many answers have come as had then; the answers, without reports.
+
+        All but an exchange stream are closed once everything is said.
+        """
         _, answer_type = self._version.types_of(call.method)
         requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        stream = self._channel.stream_stream(f"/{SERVICE}/{call.method}")
+        stream: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE}/{call.method}")
+        num_left = sum(way == "up" for way, _ in call.messages)
         answers = stream(iter(requests.get, None), timeout=PATIENCE_S)
         read = (old_eyes(answer_type.FromString(data)) for data in answers)
         without_reports = (answer for answer in read if not is_report(answer))
@@ -48,6 +52,9 @@ class OldClient:
         for way, data in call.messages:
             if way == "up":
                 requests.put(data)
+                num_left -= 1
+                if not num_left and call.method != "Exchange":
+                    requests.put(None)
             elif not is_report(answer_type.FromString(data)):
                 found.append(next(without_reports))
         requests.put(None)
@@ -172,12 +179,7 @@ def test_an_old_data_directory_is_recovered(kept: tuple[EarlierVersion, Path]) -
 def test_todays_server_goes_on_where_the_old_one_stopped(kept: tuple[EarlierVersion, Path]) -> None:
     """It serves the directory; a worker fetches the values of then, and trains on."""
     version, data_dir = kept
-    flags = [
-        f"--{section}.{name.replace('_', '-')}" for section, names in version.configuration.items() for name in names
-    ]
-    values = [value for names in version.configuration.values() for value in names.values()]
-    arguments = [part for pair in zip(flags, values, strict=True) for part in pair]
-    with KillableServer(data_dir, *arguments) as server, RawWorker(server.address, "new") as worker:
+    with KillableServer(data_dir, *version.flags) as server, RawWorker(server.address, "new") as worker:
         worker.join()
         with worker.exchange() as stream:
             for index, newest_bin, expected in newest_values(version):

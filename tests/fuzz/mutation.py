@@ -101,7 +101,7 @@ def mutated_message(rng: random.Random, kind: type[Message], data: bytes, other:
 
 def change_message(rng: random.Random, message: Message) -> None:
     """Change one field of a message, or of one inside it."""
-    fields = message.DESCRIPTOR.fields
+    fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
     if not fields:
         return
     field = rng.choice(fields)

@@ -390,8 +390,7 @@ UNARY = {
 def test_a_single_request_that_is_no_message_is_the_callers_error(hostile: RawWorker, address: str, path: str) -> None:
     """It is refused by name, as in a stream, and is not called an accident of the server."""
     with grpc.insecure_channel(address) as channel:
-        make = channel.unary_stream if path.endswith("Fetch") else channel.unary_unary
-        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = make(f"/paceline_wire.v1.{path}")
+        method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/paceline_wire.v1.{path}")
         with pytest.raises(grpc.RpcError) as refused:
             list(method(b"\xff" * 9, timeout=PATIENCE_S))
     expect(ended(refused.value), "InvalidInputError", INVALID, "no message of the protocol")

@@ -244,10 +244,11 @@ def test_vectors_of_another_size_are_refused(key: str) -> None:
     played.push()
     state = copy.deepcopy(played.saved().to_dict())
     saved = SavedWorker.from_dict(state)
-    known = {"worker_id": saved.worker_id, "manifest": MANIFEST, "initialization_id": saved.initialization_id}
-    saved.require(**known)
+    saved.require(worker_id=saved.worker_id, manifest=MANIFEST, initialization_id=saved.initialization_id)
     fragment = state["fragments"][0]
     dtype = torch.uint8 if key == "payload" else torch.float32
     (fragment["pushes"][0] if key in ("payload", "expected") else fragment)[key] = torch.zeros(3, dtype=dtype)
     with pytest.raises(InvalidInputError, match="does not fit together"):
-        SavedWorker.from_dict(state).require(**known)
+        SavedWorker.from_dict(state).require(
+            worker_id=saved.worker_id, manifest=MANIFEST, initialization_id=saved.initialization_id
+        )
