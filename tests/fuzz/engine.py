@@ -28,7 +28,7 @@ CORPUS_BYTES = 40_000
 DEADLINE_S = 5.0
 """Seconds for one input. The product takes milliseconds; the rest is for a machine that has other work too."""
 
-MOST_FINDINGS = 10
+MOST_FINDINGS, MOST_KEPT = 10, 1000
 _NEWEST = 16
 _VARIABLE = re.compile(r"0x[0-9a-fA-F]+|(?<![A-Za-z0-9])[0-9][0-9a-fA-Fx.e+-]*|'[^']*'|\"[^\"]*\"|\[[^\]]*\]|/[\w./-]+")
 _LONGEST_OUTCOME = 120
@@ -121,7 +121,7 @@ def fuzz(target: Target, *, inputs: int, seed: int, note: Callable[[bytes], None
         report.inputs += 1
         if not allowed:
             report.findings.append(_finding(target, outcome, data))
-        elif outcome not in report.outcomes:
+        elif outcome not in report.outcomes and len(report.kept) < MOST_KEPT:
             known.append(data)
             report.kept[outcome] = data
         report.outcomes[outcome] = report.outcomes.get(outcome, 0) + 1

@@ -101,10 +101,9 @@ def mutated_message(rng: random.Random, kind: type[Message], data: bytes, other:
 
 def change_message(rng: random.Random, message: Message) -> None:
     """Change one field of a message, or of one inside it."""
-    fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
-    if not fields:
+    if not message.DESCRIPTOR.fields:
         return
-    field = rng.choice(fields)
+    field: Any = rng.choice(message.DESCRIPTOR.fields)
     if field.is_repeated:
         _change_repeated(rng, message, field)
     elif field.type == FieldDescriptor.TYPE_MESSAGE:
