@@ -175,7 +175,13 @@ class Manifest:
         return tuple(fragments)
 
     def fragments_of_shard(self, shard: int, num_shards: int) -> tuple[Fragment, ...]:
-        """The fragments that live on one of num_shards shards."""
+        """The fragments that live on one of num_shards shards.
+
+        Raises:
+            InvalidInputError: There is no such shard.
+        """
+        if not 0 <= shard < num_shards:
+            raise InvalidInputError(f"there is no shard {shard} among {num_shards}")
         return self.fragments[shard::num_shards]
 
     @cached_property

@@ -1,11 +1,14 @@
 """Recovery: a shard's directory gives back the very state, from any snapshot on, or says what is damaged."""
 
+import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,3 +324,55 @@ def test_a_snapshot_of_another_division_is_refused(directory: ShardDirectory) ->
     write_state(directory, shard.shard, number=number, time_s=1.0, config=config)
     with pytest.raises(StorageError, match="is of 1 shards, and its configuration of 2"):
         recover(directory, CONFIG)
+
+
+def forge_shards(folder: Path) -> None:
+    """Say that there are no shards, with a checksum that fits."""
+    path = folder / "snapshot.json"
+    head = path.read_bytes().rpartition(b'"crc32":')[0].replace(b'"num_shards":1', b'"num_shards":0')
+    path.write_bytes(head + b'"crc32":' + str(zlib.crc32(head)).encode() + b"}")
+
+
+def leave_out_checksums(folder: Path) -> None:
+    """Leave all checksums out."""
+    path = folder / "snapshot.json"
+    said = json.loads(path.read_bytes())
+    del said["crc32"]
+    path.write_text(json.dumps({**said, "files": {}}))
+
+
+def forge_fragment(folder: Path, vectors: dict[str, torch.Tensor]) -> None:
+    """Write other vectors, with checksums that fit."""
+    name = "fragment-000000.safetensors"
+    data = (folder / name).read_bytes()
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    data = safetensors.torch.save(vectors, metadata)
+    (folder / name).write_bytes(data)
+    path = folder / "snapshot.json"
+    said = json.loads(path.read_bytes())
+    said["files"][name] = {"num_bytes": len(data), "crc32": zlib.crc32(data)}
+    del said["crc32"]
+    head = json.dumps(said, separators=(",", ":")).encode()[:-1] + b","
+    path.write_bytes(head + b'"crc32":' + str(zlib.crc32(head)).encode() + b"}")
+
+
+FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no shards": (forge_shards, "there is no shard 0 among 0"),
+    "no checksums": (leave_out_checksums, "its checksum does not fit"),
+    "numbers of another type": (
+        lambda folder: forge_fragment(folder, {"w": torch.zeros(512, dtype=torch.int64)}),
+        "w is torch.int64",
+    ),
+    "no parameters": (lambda folder: forge_fragment(folder, {"u": torch.zeros(512)}), "it has no parameters"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_snapshot_that_says_nonsense_is_refused(directory: ShardDirectory, kind: str) -> None:
+    """Whatever its checksums are."""
+    shard = played(directory)
+    number = write_snapshot(shard)
+    forge, sentence = FORGERIES[kind]
+    forge(directory.snapshot_path(number))
+    with pytest.raises(StorageError, match=sentence):
+        load_snapshot(directory.snapshot_path(number))
