@@ -217,7 +217,8 @@ def read_snapshot_meta(path: Path) -> SnapshotMeta:
         raise StorageError(f"the snapshot {path} has no readable {MANIFEST_FILE}: {error.strerror}") from error
     except ValidationError as error:
         raise StorageError(f"{path / MANIFEST_FILE} does not say what it should: {error}") from error
-    if meta.crc32 != zlib.crc32(_head(data)):
+    head = _head(data)
+    if not head or meta.crc32 != zlib.crc32(head):
         raise StorageError(f"{path / MANIFEST_FILE} is damaged: its checksum does not fit")
     if meta.version != FORMAT_VERSION:
         raise StorageError(f"the snapshot {path} is of version {meta.version}; this version reads {FORMAT_VERSION}")
