@@ -26,7 +26,6 @@ from paceline_wire.errors import (
     SupersededError,
     UnavailableError,
 )
-from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -137,7 +136,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             if not message.HasField("start"):
                 raise InvalidInputError("an upload begins with `start`")
             _require_version(message.start.protocol_version)
-            manifest = Manifest.from_wire(message.start.manifest)
+            manifest = await self._engine.read_manifest(message.start.manifest)
             if manifest.fragment_elements != self._fragment_elements:
                 raise InvalidInputError(
                     f"the manifest cuts fragments of {manifest.fragment_elements} elements; "
