@@ -37,5 +37,5 @@ def test_a_manifest_cannot_ask_for_endless_fragments() -> None:
     """A line of a message is refused that would cut the run into more than a shard can plan in a moment."""
     most = TensorSpec(name="x", shape=(MAX_FRAGMENTS * 256,), dtype="float32", role="parameter")
     Manifest.of([most], 256)
-    with pytest.raises(InvalidInputError, match="raise exchange.fragment_elements"):
+    with pytest.raises(InvalidInputError, match=r"raise exchange\.fragment_elements"):
         Manifest.of([TensorSpec(name="x", shape=(MAX_FRAGMENTS * 256 + 1,), dtype="float32", role="parameter")], 256)

@@ -306,7 +306,7 @@ class Http2Target(_SocketTarget):
     """Connections with any bytes: garbage, half messages, lengths that lie, frames in the wrong place."""
 
     name: ClassVar[str] = "http2"
-    inputs: ClassVar[int] = 12_000
+    inputs: ClassVar[int] = 40_000
 
     def seeds(self) -> Sequence[bytes]:
         """Whole calls, one part a message; and what is no HTTP/2 at all."""
