@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 RAY := .venv-ray
 
-.PHONY: demo test test-ray lint unit format proto chaos soak clean \
+.PHONY: demo test test-ray lint unit format proto chaos fuzz soak clean \
 	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
 	bench-convergence bench-durability bench-memory bench-stability bench-real
 
@@ -41,6 +41,10 @@ proto: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 12 \
 		--output benchmarks/results/chaos.json --report docs/reliability.md $(CHAOS_FLAGS)
+
+# A million inputs for everything that reads foreign bytes: no crash, no hang, no leak, no change of state.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz --output benchmarks/results/fuzz.json $(FUZZ_FLAGS)
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py

@@ -6,6 +6,7 @@ from typing import Any
 import grpc.aio
 
 from paceline_server.engine import Engine
+from paceline_server.service import with_status
 from paceline_server.storage.snapshotter import Snapshotter
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 
@@ -23,6 +24,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self._snapshotter = snapshotter
         self._started_s = engine.clock()
 
+    @with_status
     async def Status(
         self, request: admin_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> admin_pb2.StatusResponse:
