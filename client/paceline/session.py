@@ -248,6 +248,25 @@ async def open_session(
         PacelineError: The shard refuses this client; the text says why.
     """
     keep_large_buffers()
+    description, targets = await find_run(address, access, reach_s)
+    return Session(access, description, targets, link or LinkSettings())
+
+
+async def find_run(address: str, access: Access, reach_s: float = REACH_S) -> tuple[pb.DescribeResponse, list[str]]:
+    """Ask a shard what the run is, and where its shards are.
+
+    Args:
+        address: "host:port" of a shard.
+        access: TLS and token.
+        reach_s: Seconds to go on trying while the shard cannot be reached.
+
+    Returns:
+        What it said, and "host:port" of every shard in order.
+
+    Raises:
+        UnavailableError: The shard could not be reached in that time.
+        PacelineError: The shard refuses this client; the text says why.
+    """
     host, _ = split_address(address)
     channel = access.channel(address)
     try:
@@ -258,7 +277,7 @@ async def open_session(
     targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
     if description.shard_index < len(targets):
         targets[description.shard_index] = address  # the way that works, through forwarded ports and relays, too
-    return Session(access, description, targets, link or LinkSettings())
+    return description, targets
 
 
 def new_worker(worker_id: str) -> pb.Worker:
