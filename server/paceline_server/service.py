@@ -261,6 +261,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         caller = caller_of(context)
         try:
             with self._probes.begin():
+                # Now: see Exchange.
+                await context.send_initial_metadata(())
                 await ProbeStream(self._probes, caller.identity or host_of(caller), context.write).run(request)
         except PacelineError as error:
             await abort(context, error)

@@ -83,7 +83,7 @@ async def test_a_snapshot_amid_changes_replays_to_the_same_bits(tmp_path: Path) 
         async with paceline.connect(server.address, worker_id="a") as worker:
             await worker.initialize(START)
             base = await worker.fetch("fp32")
-            for turn in range(6):
+            for turn in range(3):
                 snapshot = asyncio.create_task(admin("snapshot", server.address))
                 change = asyncio.create_task(admin("set", server.address, f"outer.lr={0.1 + turn / 10}"))
                 rounds = 0
