@@ -302,7 +302,7 @@ def sizing_table(models: Sequence[int], workers: Sequence[int], round_s: float) 
 
 def gibibytes(num_bytes: float) -> str:
     """A size as tables have it, in three digits."""
-    return f"{num_bytes / 1024**3:.3g} GiB"
+    return f"{num_bytes / 1024**4:.3g} TiB" if num_bytes >= 999.5 * 1024**3 else f"{num_bytes / 1024**3:.3g} GiB"
 
 
 def megabits(bits_per_s: float) -> str:
