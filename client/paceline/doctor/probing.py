@@ -34,8 +34,15 @@ MOST_BYTES = 96 * 1024 * 1024
 LONGEST_S = 25.0
 """Seconds after which a transfer is broken off: the shard would do so soon after."""
 
-SLOW_START_SHARE = 1 / 3
-"""Of a transfer's time, the beginning that is not counted: windows grow in it."""
+SLOW_START_SHARE, SLOW_START_ROUND_TRIPS, MOST_SLOW_START_SHARE = 1 / 3, 7, 2 / 3
+"""Of a transfer's time, the beginning that is not counted, since windows grow in it: a third, or seven round trips, in
+which they grow from 14 kB to 1.8 MB; but never more than two thirds."""
+
+TRANSFER_ROUND_TRIPS = 14
+"""A transfer takes at least so many round trips."""
+
+ENOUGH_SHARE = 0.6
+"""A transfer that took this part of the time that it should is not made again with more bytes."""
 
 _ZEROS = bytes(MESSAGE_BYTES)
 
@@ -91,11 +98,13 @@ class Arrivals:
         """Seconds until the last byte of the last connection."""
         return max(arrived[-1][0] for arrived in self._arrived) - self._arrived[0][0][0]
 
-    def rate(self) -> float:
+    def rate(self, round_trip_s: float) -> float:
         """Bytes a second while all connections were busy, without the beginning."""
         began_s = self._arrived[0][0][0]
         ended_s = min(arrived[-1][0] for arrived in self._arrived)
-        counted_s = began_s + (ended_s - began_s) * SLOW_START_SHARE
+        took_s = ended_s - began_s
+        growing_s = max(took_s * SLOW_START_SHARE, SLOW_START_ROUND_TRIPS * round_trip_s)
+        counted_s = began_s + min(growing_s, took_s * MOST_SLOW_START_SHARE)
         moved = sum(_at(arrived, ended_s) - _at(arrived, counted_s) for arrived in self._arrived)
         return moved / max(ended_s - counted_s, 1e-9)
 
@@ -123,6 +132,7 @@ class Prober:
         self._seconds = seconds
         self._channels: list[grpc.aio.Channel] = []
         self._bytes = {"up": FIRST_BYTES, "down": FIRST_BYTES}
+        self._round_trip_s = 0.0
 
     async def round_trips(self) -> RoundTrips:
         """Measure them on a quiet connection.
@@ -144,6 +154,7 @@ class Prober:
         # The first one has the connection's beginning in it.
         took_s, ahead_s = took_s[1:], ahead_s[1:]
         least = min(range(len(took_s)), key=took_s.__getitem__)
+        self._round_trip_s = took_s[least]
         return RoundTrips(
             median_s=statistics.median(took_s),
             p95_s=sorted(took_s)[round(0.95 * (len(took_s) - 1))],
@@ -171,13 +182,14 @@ class Prober:
 
     async def _measured(self, direction: str, connections: int) -> float:
         """Move more and more bytes until that takes long enough; what the last transfer carried."""
+        wanted_s = max(self._seconds, TRANSFER_ROUND_TRIPS * self._round_trip_s)
         while True:
             num_bytes = self._bytes[direction]
             arrivals = await self._transfer(direction, connections, num_bytes)
             took_s = max(arrivals.took_s, 1e-6)
-            if took_s >= self._seconds / 2 or num_bytes >= MOST_BYTES:
-                return arrivals.rate()
-            grown = num_bytes * min(8.0, 1.2 * self._seconds / took_s)
+            if took_s >= ENOUGH_SHARE * wanted_s or num_bytes >= MOST_BYTES:
+                return arrivals.rate(self._round_trip_s)
+            grown = num_bytes * min(8.0, 1.2 * wanted_s / took_s)
             self._bytes[direction] = min(MOST_BYTES, round(grown))
 
     async def _transfer(self, direction: str, connections: int, num_bytes: int) -> Arrivals:
