@@ -97,10 +97,15 @@ def _data_directory_reader() -> "Callable[[Path], tuple[Manifest, dict[str, torc
 
 
 async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[admin_pb2.StatusResponse]":
-    from paceline.client import connect
+    # Not through `connect`: a look at a run needs no torch, which takes seconds to import.
+    from paceline.channels import Access
+    from paceline.shards import on_every_shard, status_of
 
-    async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
-        return await client.statuses()
+    outcomes = await on_every_shard(address, Access.of(tls, token), status_of, reach_s=REACH_S)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.answer for outcome in outcomes if outcome.answer is not None]
 
 
 async def _parameters(address: str, token: str | None, tls: str | bool) -> "tuple[Manifest, dict[str, torch.Tensor]]":

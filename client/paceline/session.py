@@ -9,9 +9,10 @@ import grpc
 import torch
 
 from paceline.calls import CALL_S, REACH_S, called, describe, persistently
-from paceline.channels import Access, error_of, split_address
+from paceline.channels import Access, error_of
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import ShardConnection
+from paceline.discovery import find_run
 from paceline.initialization import Initialization
 from paceline.link_settings import LinkSettings
 from paceline.worker_state import Progress
@@ -250,34 +251,6 @@ async def open_session(
     keep_large_buffers()
     description, targets = await find_run(address, access, reach_s)
     return Session(access, description, targets, link or LinkSettings())
-
-
-async def find_run(address: str, access: Access, reach_s: float = REACH_S) -> tuple[pb.DescribeResponse, list[str]]:
-    """Ask a shard what the run is, and where its shards are.
-
-    Args:
-        address: "host:port" of a shard.
-        access: TLS and token.
-        reach_s: Seconds to go on trying while the shard cannot be reached.
-
-    Returns:
-        What it said, and "host:port" of every shard in order.
-
-    Raises:
-        UnavailableError: The shard could not be reached in that time.
-        PacelineError: The shard refuses this client; the text says why.
-    """
-    host, _ = split_address(address)
-    channel = access.channel(address)
-    try:
-        stub = pb_grpc.ParameterServerServiceStub(channel)
-        description = await persistently(lambda: describe(stub, access, address, min(CALL_S, reach_s)), reach_s)
-    finally:
-        await channel.close()
-    targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
-    if description.shard_index < len(targets):
-        targets[description.shard_index] = address  # the way that works, through forwarded ports and relays, too
-    return description, targets
 
 
 def new_worker(worker_id: str) -> pb.Worker:

@@ -9,7 +9,7 @@ import grpc.aio
 
 from paceline.calls import CALL_S, called
 from paceline.channels import Access
-from paceline.session import find_run
+from paceline.discovery import find_run
 from paceline_wire.errors import PacelineError, UnavailableError
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 
@@ -60,7 +60,7 @@ async def on_every_shard(
     channels = [access.channel(target) for target in targets]
     try:
         if only_if_all:
-            looks = await _outcomes(targets, channels, access, _look)
+            looks = await _outcomes(targets, channels, access, status_of)
             away = [look for look in looks if look.error is not None]
             if away:
                 raise UnavailableError(
@@ -71,7 +71,8 @@ async def on_every_shard(
         await asyncio.gather(*(channel.close() for channel in channels))
 
 
-async def _look(stub: Stub, metadata: tuple[tuple[str, str], ...]) -> admin_pb2.StatusResponse:
+async def status_of(stub: Stub, metadata: tuple[tuple[str, str], ...]) -> admin_pb2.StatusResponse:
+    """One look at a shard."""
     return await stub.Status(admin_pb2.StatusRequest(), timeout=CALL_S, metadata=metadata)
 
 

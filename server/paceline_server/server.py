@@ -28,8 +28,8 @@ from paceline_server.storage.store import ShardStore
 from paceline_server.time_watch import watch_time
 from paceline_wire import bulk
 from paceline_wire.errors import ConfigurationError
+from paceline_wire.limits import MAX_MESSAGE_BYTES
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.transfer import MAX_MESSAGE_BYTES
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 NAME = "ps.example.org"
 SHORTER = (
-    ("examples/train.py ", "examples/train.py --seconds 3 "),
+    ("examples/train.py ", "examples/train.py --seconds 1.5 "),
     ("paceline doctor ", "paceline doctor --seconds 0.2 "),
 )
 
@@ -210,7 +210,7 @@ def test_upgrade_and_rollback(tmp_path: Path) -> None:
     drain, newer, status, back, older = blocks_of("Upgrade and rollback")
     far = blocks_of("Two clouds")[1]
     train = far._replace(
-        commands=re.sub(r"paceline doctor .*\n", "", far.commands).replace("train.py", "train.py --seconds 9")
+        commands=re.sub(r"paceline doctor .*\n", "", far.commands).replace("train.py", "train.py --seconds 6")
     )
     with staged(tmp_path, LinkShape(rate_mbit=200, delay_ms=5), hosts=2) as stage:
         first = stage.serve(newer)

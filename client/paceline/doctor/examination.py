@@ -10,6 +10,7 @@ import grpc
 
 from paceline.calls import CALL_S, called
 from paceline.channels import Access, split_address
+from paceline.discovery import find_run
 from paceline.doctor.advice import (
     Expectation,
     Finding,
@@ -25,7 +26,6 @@ from paceline.doctor.advice import (
 from paceline.doctor.probing import Prober, Rate, RoundTrips, probing
 from paceline.doctor.reach import Reach, reach
 from paceline.doctor.tcp_info import Connections, connections_to
-from paceline.session import find_run
 from paceline_wire.errors import PacelineError, ProtocolVersionError
 from paceline_wire.manifest import Manifest
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
