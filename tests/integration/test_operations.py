@@ -17,8 +17,13 @@ import paceline_server
 from integration.killable import KillableServer
 from integration.patience import PATIENCE_S, wait_until_async
 from paceline.cli import cli
+from paceline_server.hosted import FragmentCopy
+from paceline_server.server import ShardServer
+from paceline_server.settings import config_from_mapping
+from paceline_server.storage.parameters import read_parameters
 from paceline_wire.errors import EvictedError
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 START = {"x": torch.linspace(-1, 1, 1024), "y": torch.linspace(0, 1, 700)}
 FLAGS = (
@@ -78,22 +83,36 @@ async def test_a_set_learning_rate_counts_and_replays_to_the_same_bits(tmp_path:
 
 
 async def test_a_snapshot_amid_changes_replays_to_the_same_bits(tmp_path: Path) -> None:
-    """Fragments are copied one by one while the rate changes and pushes enter; a kill right after loses no bit."""
-    with KillableServer(tmp_path, *FLAGS) as server:
-        async with paceline.connect(server.address, worker_id="a") as worker:
-            await worker.initialize(START)
-            base = await worker.fetch("fp32")
-            for turn in range(3):
-                snapshot = asyncio.create_task(admin("snapshot", server.address))
-                change = asyncio.create_task(admin("set", server.address, f"outer.lr={0.1 + turn / 10}"))
-                rounds = 0
-                while not (snapshot.done() and change.done()):
-                    base = await worker.exchange(gradient(100 * turn + rounds), base)
-                    rounds += 1
-                await asyncio.gather(snapshot, change)
-                await asyncio.to_thread(server.restart)
-                again = await worker.fetch("fp32")
-                assert all(torch.equal(again.tensors[name], base.tensors[name]) for name in START)
+    """Between the copies of two fragments pushes enter and the rate changes; snapshot and journal give the bits."""
+    config = {"exchange": {"uplink": "fp32", "downlink": "fp32", "fragment_elements": 512}, "schedule": {"quota": 1}}
+    storage = {"data_dir": str(tmp_path), "replay_s": 3600}
+    server = ShardServer(config_from_mapping({**config, "listen": "127.0.0.1:0", "storage": storage}), 0)
+    address = f"127.0.0.1:{server.bind()}"
+    await server.start([pb.Shard(host="127.0.0.1", port=int(address.partition(":")[2]))])
+    async with paceline.connect(address, worker_id="a") as worker:
+        await worker.initialize(START)
+        base = await worker.fetch("fp32")
+        engine, copied = server._engine, server._engine.copied
+        copies = 0
+
+        async def copied_amid_changes(index: int) -> FragmentCopy:
+            nonlocal base, copies
+            copies += 1
+            if copies == 3:
+                base = await worker.exchange(gradient(2), base)
+                await admin("set", address, "outer.lr=0.1")
+                base = await worker.exchange(gradient(3), base)
+            return await copied(index)
+
+        engine.copied = copied_amid_changes  # type: ignore[method-assign]
+        base = await worker.exchange(gradient(1), base)
+        snapshots = await admin("snapshot", address)
+        assert copies >= 4
+        assert snapshots[0]["num_bytes"] > 0
+        base = await worker.exchange(gradient(4), base)
+    await server.drain()
+    _, tensors = await asyncio.to_thread(read_parameters, tmp_path)
+    assert all(torch.equal(tensors[name], base.tensors[name]) for name in START)
 
 
 async def test_a_worker_learns_the_number_of_inner_steps(tmp_path: Path) -> None:

@@ -126,19 +126,23 @@ def about_round_trip(trips: RoundTrips) -> Finding:
     return Finding(about="round trip", level=Level.FINE, text=text)
 
 
-def about_loss(connections: Connections | None) -> Finding:
-    """What to say of retransmissions on the way up."""
-    loss = connections.loss if connections is not None else None
-    if loss is None or connections is None:
-        text = "unknown: the system does not tell of retransmissions, or too little was sent"
+def about_loss(loss: float | None, transfers: Connections | None) -> Finding:
+    """What to say of losses on the way up, and of what held the transfers back.
+
+    Args:
+        loss: The link's own, at a low rate; None: not known.
+        transfers: What the kernel knows of the transfers, which fill queues, and so lose segments by themselves.
+    """
+    if loss is None or transfers is None:
+        text = "unknown: the system does not tell what was sent again, or too little was sent"
         return Finding(about="loss", level=Level.FINE, text=text)
-    text = f"{100 * loss:.2g} % of {connections.segments_sent:,} segments up were sent again"
+    text = f"{100 * loss:.2g} % of segments up at a low rate were sent again"
     if loss > MOST_LOSS:
         advice = "BBR on this host would help (net.ipv4.tcp_congestion_control), and several connections"
         return Finding(about="loss", level=Level.WARNING, text=f"{text}: {advice}")
-    if connections.sender_limited_s > LIMITED_SHARE * connections.busy_s:
+    if transfers.sender_limited_s > LIMITED_SHARE * transfers.busy_s:
         text += "; this host's send buffer held TCP back (net.ipv4.tcp_wmem, see docs/wan.md)"
-    elif connections.receiver_limited_s > LIMITED_SHARE * connections.busy_s:
+    elif transfers.receiver_limited_s > LIMITED_SHARE * transfers.busy_s:
         text += "; the server's receive buffer held TCP back (net.ipv4.tcp_rmem there, see docs/wan.md)"
     return Finding(about="loss", level=Level.FINE, text=text)
 

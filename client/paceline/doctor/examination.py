@@ -51,6 +51,7 @@ class Examination:
         trips: Round trips and clocks.
         rates: What the link carries, by connections.
         connections: What the kernel knows of the transfers.
+        loss: Share of small messages up, at a low rate, that had to be sent again; None: not known.
         expected: What to expect of the run.
         findings: All of it in sentences.
         error: What ended the examination early; None: nothing did.
@@ -61,6 +62,7 @@ class Examination:
     trips: RoundTrips | None = None
     rates: tuple[Rate, ...] = ()
     connections: Connections | None = None
+    loss: float | None = None
     expected: Expectation | None = None
     findings: list[Finding] = field(default_factory=list)
     error: PacelineError | None = None
@@ -133,8 +135,14 @@ async def _measure(found: Examination, prober: Prober, wishes: Wishes, tell: Cal
         if count <= wishes.most_connections:
             tell(f"measuring the rate of {count} connection{'s' if count > 1 else ''}")
             found.rates += (await prober.rate(count),)
-    found.connections = connections_to(split_address(found.reach.target)[1])
-    found.findings.append(about_loss(found.connections))
+    port = split_address(found.reach.target)[1]
+    found.connections = connections_to(port)
+    if found.connections is not None:
+        tell("measuring losses")
+        await prober.trickle(max(rate.up_bytes_per_s for rate in found.rates))
+        after = connections_to(port)
+        found.loss = after.loss_since(found.connections) if after is not None else None
+    found.findings.append(about_loss(found.loss, found.connections))
 
 
 async def _expect(found: Examination, run: pb.DescribeResponse, target: str, access: Access, wishes: Wishes) -> None:

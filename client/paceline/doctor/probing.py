@@ -44,6 +44,10 @@ TRANSFER_ROUND_TRIPS = 14
 ENOUGH_SHARE = 0.6
 """A transfer that took this part of the time that it should is not made again with more bytes."""
 
+TRICKLE_SEGMENTS, TRICKLE_BYTES, TRICKLE_PAUSE_S, MOST_TRICKLE_S = 400, 1000, 0.005, 5.0
+"""Small messages by which the link's own losses show: at 1.6 Mbit/s they fill no queue. On thinner links they are sent
+more slowly, at a fifth of its rate, and fewer of them."""
+
 _ZEROS = bytes(MESSAGE_BYTES)
 
 
@@ -175,6 +179,23 @@ class Prober:
             up_bytes_per_s=await self._measured("up", connections),
             down_bytes_per_s=await self._measured("down", connections),
         )
+
+    async def trickle(self, rate_bytes_per_s: float) -> None:
+        """Send many small messages at a low rate, each a segment; what becomes of them the kernel knows.
+
+        Raises:
+            PacelineError: The shard refuses, or cannot be reached.
+        """
+        (channel,) = self._opened(1)
+        pause_s = max(TRICKLE_PAUSE_S, 5 * TRICKLE_BYTES / rate_bytes_per_s)
+        piece = memoryview(_ZEROS)[:TRICKLE_BYTES]
+        async with asyncio.timeout(LONGEST_S), self._probe(channel) as call:
+            for _ in range(min(TRICKLE_SEGMENTS, round(MOST_TRICKLE_S / pause_s))):
+                await call.write(Bulk(pb.ProbeRequest(), piece))
+                await asyncio.sleep(pause_s)
+            await call.done_writing()
+            while await call.read() is not grpc.aio.EOF:
+                continue
 
     async def close(self) -> None:
         """End the connections."""

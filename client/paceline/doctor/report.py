@@ -18,9 +18,6 @@ def as_mapping(found: Examination) -> dict[str, Any]:
     told = asdict(found)
     told["findings"] = [{**asdict(finding), "level": finding.level.value} for finding in found.findings]
     told["error"] = None if found.error is None else type(found.error).__name__
-    told["connections"] = (
-        None if found.connections is None else {**asdict(found.connections), "loss": found.connections.loss}
-    )
     return told
 
 

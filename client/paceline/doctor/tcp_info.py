@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+LEAST_SEGMENTS = 100
+"""With fewer, one that is lost would say nothing."""
+
 _TCP_INFO_BYTES = 232
 _TOTAL_RETRANS = struct.Struct("=I"), 100
 _MIN_RTT_US = struct.Struct("=I"), 148
@@ -42,10 +45,10 @@ class Connections:
     sender_limited_s: float
     min_round_trip_s: float | None
 
-    @property
-    def loss(self) -> float | None:
-        """The share of segments that had to be sent again; None: too few were sent to say."""
-        return self.segments_resent / self.segments_sent if self.segments_sent >= 100 else None
+    def loss_since(self, before: "Connections") -> float | None:
+        """The share of segments since then that had to be sent again; None: too few were sent to say."""
+        sent, again = self.segments_sent - before.segments_sent, self.segments_resent - before.segments_resent
+        return again / sent if sent >= LEAST_SEGMENTS else None
 
 
 def connections_to(port: int) -> Connections | None:
