@@ -113,7 +113,8 @@ def test_it_measures_an_emulated_link_that_tcp_crosses(tmp_path: Path) -> None:
         found.append(json.loads(done.stdout))
     long, lossy = found
     assert long["trips"]["least_s"] > 0.06 > lossy["trips"]["least_s"] > 0.01
-    assert all(rate["up_bytes_per_s"] < 10 * MBIT for rate in long["rates"])
+    # What was lost and sent again arrives at once, so a rate may come out a little above the link's.
+    assert all(2 * MBIT < rate["up_bytes_per_s"] < 15 * MBIT for rate in long["rates"])
     assert long["loss"] < 0.01 < lossy["loss"]
     assert set(problems(long)) == set()
     assert set(problems(lossy)) == {"loss"}

@@ -37,6 +37,9 @@ REACH_S = 10.0
 ASSUMED_STEP_S = 0.5
 """Seconds of an inner step where nobody says."""
 
+SHORTEST_ROUND_TRIP_S = 0.001
+"""Below, the server is on this host or beside it, and losses are not looked for."""
+
 COUNTS = (1, 2, 4, 8)
 """Connections that are tried."""
 
@@ -137,7 +140,7 @@ async def _measure(found: Examination, prober: Prober, wishes: Wishes, tell: Cal
             found.rates += (await prober.rate(count),)
     port = split_address(found.reach.target)[1]
     found.connections = connections_to(port)
-    if found.connections is not None:
+    if found.connections is not None and found.trips.median_s >= SHORTEST_ROUND_TRIP_S:
         tell("measuring losses")
         await prober.trickle(max(rate.up_bytes_per_s for rate in found.rates))
         after = connections_to(port)

@@ -44,8 +44,8 @@ TRANSFER_ROUND_TRIPS = 14
 ENOUGH_SHARE = 0.6
 """A transfer that took this part of the time that it should is not made again with more bytes."""
 
-TRICKLE_SEGMENTS, TRICKLE_BYTES, TRICKLE_PAUSE_S, MOST_TRICKLE_S = 400, 1000, 0.005, 5.0
-"""Small messages by which the link's own losses show: at 1.6 Mbit/s they fill no queue. On thinner links they are sent
+TRICKLE_SEGMENTS, TRICKLE_BYTES, TRICKLE_PAUSE_S, MOST_TRICKLE_S = 300, 1000, 0.004, 5.0
+"""Small messages by which the link's own losses show: at 2 Mbit/s they fill no queue. On thinner links they are sent
 more slowly, at a fifth of its rate, and fewer of them."""
 
 _ZEROS = bytes(MESSAGE_BYTES)
