@@ -9,9 +9,10 @@ import grpc
 import torch
 
 from paceline.calls import CALL_S, REACH_S, called, describe, persistently
-from paceline.channels import Access, error_of, split_address
+from paceline.channels import Access, error_of
 from paceline.codec_threads import in_codec_thread
 from paceline.connection import ShardConnection
+from paceline.discovery import find_run
 from paceline.initialization import Initialization
 from paceline.link_settings import LinkSettings
 from paceline.whereabouts import Locate, moves
@@ -278,16 +279,7 @@ async def open_session(
         PacelineError: The shard refuses this client; the text says why.
     """
     keep_large_buffers()
-    host, _ = split_address(address)
-    channel = access.channel(address)
-    try:
-        stub = pb_grpc.ParameterServerServiceStub(channel)
-        description = await persistently(lambda: describe(stub, access, address, min(CALL_S, reach_s)), reach_s)
-    finally:
-        await channel.close()
-    targets = [f"{shard.host or host}:{shard.port}" for shard in description.shards]
-    if description.shard_index < len(targets):
-        targets[description.shard_index] = address  # the way that works, through forwarded ports and relays, too
+    description, targets = await find_run(address, access, reach_s)
     return Session(access, description, targets, link or LinkSettings(), locate)
 
 
