@@ -113,7 +113,7 @@ class ShardServer:
         """
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
-        address = f"{host}:{config.port + self._index if config.port else 0}"
+        address = f"{host}:{config.port_of(self._index)}"
         credentials = server_credentials(config.security)
         try:
             if credentials is None:

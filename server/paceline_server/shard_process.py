@@ -4,7 +4,7 @@ processes.py starts it and holds the other end:
 
 1. stdin: {"config": {...}, "index": i, "log_level": l}  secrets included, so that none is in the process list
 2. stdout: {"port": p}                      the port is taken; or {"error": class, "reason": "..."} and exit code 2
-3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
+3. stdin: {"ports": [p0, p1, ...]}          the ports of the shards that are served here
 4. stdout: {"event": "serving", ...}        the shard answers; with a data directory, what was recovered from it
 5. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import uvloop
 
 from paceline_server.config import ServerConfig
+from paceline_server.config_base import split_address
 from paceline_server.server import ShardServer
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.recovery import Recovered
@@ -35,8 +36,13 @@ def stop_signal() -> asyncio.Event:
 
 
 def shard_addresses(config: ServerConfig, ports: list[int]) -> list[pb.Shard]:
-    """What clients are told of where the shards listen."""
-    return [pb.Shard(host=config.advertise_host, port=port) for port in ports]
+    """What clients are told of where all shards of the run are; ports are those of the shards that are served here."""
+    places = [split_address(address) for address in config.shard_addresses]
+    return [_wire_shard(host, port) for host, port in places or [(config.advertise_host, port) for port in ports]]
+
+
+def _wire_shard(host: str, port: int) -> pb.Shard:
+    return pb.Shard(host=f"[{host}]" if ":" in host else host, port=port)
 
 
 def recovery_report(recovered: Recovered | None) -> dict[str, Any]:

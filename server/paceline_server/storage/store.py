@@ -110,12 +110,14 @@ class ShardStore:
         return Durable(directory=directory, journal=journal, recovered=recovered)
 
 
+_OF_THE_HOST = {"listen", "advertise_host", "shard_addresses", "shard_index", "storage", "security"}
+"""Parts of the configuration that say where and for whom a shard is, not what the run is."""
+
+
 def _numbered(path: Path, index: int) -> Path:
     return path.with_name(f"{path.name}.{index}")
 
 
 def kept_config(config: ServerConfig) -> Mapping[str, Any]:
     """What the journal and the snapshots say of a configuration: what shapes the run, and no secrets or local paths."""
-    return config.model_dump(
-        mode="json", exclude_none=True, exclude={"listen", "advertise_host", "storage", "security"}
-    )
+    return config.model_dump(mode="json", exclude_none=True, exclude=_OF_THE_HOST)
