@@ -19,6 +19,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/hadolint deploy/Dockerfile.*
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_FLAGS)

@@ -16,6 +16,7 @@ import uvloop
 from paceline_server.config import ServerConfig
 from paceline_server.options import server_config_options
 from paceline_server.processes import ShardProcesses
+from paceline_server.readiness import tell_ready
 
 LOOK_EVERY_S = 0.2
 """Seconds between looks at whether every shard's process is still there."""
@@ -48,6 +49,7 @@ async def _serve_here(config: ServerConfig, as_json: bool) -> int:
     port = server.bind()
     await server.start(shard_addresses(config, [port]))
     _announce(config, [port], [recovery_report(server.recovered)], as_json)
+    tell_ready()
     return await server.run_until(stopping)
 
 
@@ -59,6 +61,7 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
     shards = ShardProcesses(config)
     shards.start()
     _announce(config, shards.ports, shards.recoveries, as_json)
+    tell_ready()
     while not stopping.wait(LOOK_EVERY_S) and not shards.ended():
         continue
     ended = shards.ended()
