@@ -19,7 +19,6 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
-	$(BIN)/hadolint deploy/Dockerfile.*
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest $(PYTEST_FLAGS)

@@ -18,7 +18,7 @@ from paceline_server.settings import OTHER_VARIABLES, config_from_mapping
 ROOT = Path(__file__).resolve().parents[2]
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 FOLDERS = ["shards", "workers", "internet"]
-VERSIONS = ["1.32", kubernetes_validate.latest_version()]
+VERSIONS = ["1.29", kubernetes_validate.latest_version()]
 """The first in which all that is used here is on by default, and the newest."""
 
 MIB = 1 << 20

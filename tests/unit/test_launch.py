@@ -15,10 +15,14 @@ from paceline_server.readiness import tell_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "deploy" / "systemd" / "paceline@.service"
+WORKER_UNIT = UNIT.with_name("paceline-worker@.service")
 WORKER = ROOT / "deploy" / "worker.sh"
 
 EXPOSURE = 20
 """Tenths of the points of `systemd-analyze security`, which begin at 96 for a unit that says nothing."""
+
+WORKER_EXPOSURE = 40
+"""A worker's, which needs the GPUs and may be a user's own script."""
 
 
 def settings(name: str) -> list[str]:
@@ -27,15 +31,16 @@ def settings(name: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-@pytest.mark.parametrize("check", [["verify"], ["security", "--offline=true", f"--threshold={EXPOSURE}"]])
-def test_systemd_accepts_the_unit(check: list[str], tmp_path: Path) -> None:
-    """The unit is valid, and what it may do is little."""
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/opt/paceline/bin/paceline", "/bin/true"))
-    command = ["systemd-analyze", *check, str(unit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(unit) not in done.stderr
+@pytest.mark.parametrize(("unit", "exposure"), [(UNIT, EXPOSURE), (WORKER_UNIT, WORKER_EXPOSURE)])
+def test_systemd_accepts_the_units(unit: Path, exposure: int, tmp_path: Path) -> None:
+    """The units are valid, and what they may do is little."""
+    copy = tmp_path / unit.name
+    copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(), flags=re.MULTILINE))
+    for check in (["verify"], ["security", "--offline=true", f"--threshold={exposure}"]):
+        command = ["systemd-analyze", *check, str(copy)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert str(copy) not in done.stderr
 
 
 def test_the_units_variables_are_fields() -> None:
@@ -66,6 +71,31 @@ def test_nobody_waits_for_readiness(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tell_ready()
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     tell_ready()
+
+
+@pytest.mark.parametrize("script", [WORKER, *(ROOT / "deploy" / "slurm").glob("*.sbatch")], ids=lambda path: path.name)
+def test_shells_accept_the_scripts(script: Path) -> None:
+    """The shell that a script names parses it."""
+    shell = script.read_text().splitlines()[0].removeprefix("#!")
+    done = subprocess.run([shell, "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_slurms_workers_get_their_names(tmp_path: Path) -> None:
+    """The batch script starts the workers by the launchers' script, with the name and the files that are set."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PACELINE_TOKEN" "$@"\n')
+    for path in (srun, python):
+        path.chmod(0o755)
+    (tmp_path / "token").write_text("secret\n")
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SITE": "a", "TOKEN_FILE": str(tmp_path / "token")}
+    environ |= {"SERVER": "ps:7070", "TLS_CA": "ca.pem", "TRAIN_SECONDS": "5", "SLURM_PROCID": "3"}
+    batch = ["bash", "deploy/slurm/workers.sbatch"]
+    done = subprocess.run(batch, capture_output=True, text=True, check=False, env=environ, cwd=ROOT)
+    expected = "secret examples/train.py --address ps:7070 --tls-ca ca.pem --seconds 5 --worker-id a.3\n"
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 def launched(**environ: str) -> "subprocess.CompletedProcess[str]":
