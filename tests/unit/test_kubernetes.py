@@ -195,6 +195,8 @@ def test_pods_have_no_power(template: dict[str, Any]) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert "/tmp" in writable, "temporary files need a place"  # noqa: S108  # a mount's place
     assert not spec["automountServiceAccountToken"]
     assert spec["terminationGracePeriodSeconds"] >= 2 * DRAIN_S
     secrets = [volume["secret"] for volume in spec["volumes"] if "secret" in volume]
