@@ -4,7 +4,7 @@ processes.py starts it and holds the other end:
 
 1. stdin: {"config": {...}, "index": i, "log_level": l}  secrets included, so that none is in the process list
 2. stdout: {"port": p}                      the port is taken; or {"error": class, "reason": "..."} and exit code 2
-3. stdin: {"ports": [p0, p1, ...]}          the ports of the shards that are served here
+3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
 4. stdout: {"event": "serving", ...}        the shard answers; with a data directory, what was recovered from it
 5. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
 """
