@@ -139,6 +139,10 @@ class ShardServer:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
+    def shards_moved(self, shards: list[pb.Shard]) -> None:
+        """Tell clients from now on that the shards are at these addresses, in order."""
+        self._shards[:] = shards
+
     async def drain(self) -> None:
         """Stop: take nothing new, finish and acknowledge what has begun, end the streams."""
         _log.info("stopping: finishing what has begun")
