@@ -108,7 +108,7 @@ class ShardServer:
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
         self._stopping = False
-        self._port = config.port + index if config.port else 0
+        self._port = config.port_of(index)
         self._server = self._built()
 
     @property

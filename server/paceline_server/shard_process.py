@@ -38,8 +38,13 @@ def stop_signal() -> asyncio.Event:
 
 
 def shard_addresses(config: ServerConfig, ports: list[int]) -> list[pb.Shard]:
-    """What clients are told of where the shards listen."""
-    return [pb.Shard(host=config.advertise_host, port=port) for port in ports]
+    """What clients are told of where all shards of the run are; ports are those of the shards that are served here."""
+    places = [split_address(address) for address in config.shard_addresses]
+    return [_wire_shard(host, port) for host, port in places or [(config.advertise_host, port) for port in ports]]
+
+
+def _wire_shard(host: str, port: int) -> pb.Shard:
+    return pb.Shard(host=f"[{host}]" if ":" in host else host, port=port)
 
 
 def recovery_report(recovered: Recovered | None) -> dict[str, Any]:
@@ -88,8 +93,7 @@ def _told(config: ServerConfig, line: bytes) -> list[pb.Shard] | None:
     """Where a line of the starter says that the shards are; None if it says nothing of that."""
     message = json.loads(line or "{}")
     if "shards" in message:
-        split = (split_address(address) for address in message["shards"])
-        return [pb.Shard(host=f"[{host}]" if ":" in host else host, port=port) for host, port in split]
+        return [_wire_shard(*split_address(address)) for address in message["shards"]]
     return shard_addresses(config, message["ports"]) if "ports" in message else None
 
 

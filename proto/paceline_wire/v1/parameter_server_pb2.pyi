@@ -405,7 +405,7 @@ class Shard(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
     host: _builtins.str
-    """Host name or address. Empty: the host at which the caller reached the shard that answered."""
+    """Host name or address, IPv6 in brackets. Empty: the host at which the caller reached the shard that answered."""
     port: _builtins.int
     """TCP port."""
     def __init__(

@@ -20,12 +20,15 @@ from fuzz.mutation import framed, frames, mutated_bytes, mutated_message
 from fuzz.target import Target, ViolationError
 from fuzz.targets.numbers import use_kernels_for_small_fragments
 from paceline_server.admin import AdminService
+from paceline_server.audit import AuditLog
 from paceline_server.config import ServerConfig
-from paceline_server.construction import build_shard, run_configuration
+from paceline_server.construction import build_shard
 from paceline_server.engine import Engine
 from paceline_server.hosted import FragmentCopy
 from paceline_server.journal import Decided, NoJournal, Record
+from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.membership import MembershipState
+from paceline_server.operations import Operations
 from paceline_server.service import ParameterServerService
 from paceline_server.settings import config_from_mapping
 from paceline_server.shard import Shard
@@ -220,8 +223,18 @@ class _Served:
         predicted = config.exchange.own_weight == "predicted"
         self.engine = Engine(self.shard, self.journal, send_momentum=predicted)
         shards = [pb.Shard(port=1)]
-        self.service = ParameterServerService(self.engine, run_configuration(config), FRAGMENT, shards)
-        self.admin = AdminService(self.engine, None)
+        live = LiveConfiguration(config)
+        self.service = ParameterServerService(self.engine, live, shards)
+        operations = Operations(
+            self.engine,
+            live,
+            None,
+            AuditLog(None),
+            keep_settings=None,
+            stop_serving=self.service.drain,
+            end=lambda: None,
+        )
+        self.admin = AdminService(self.engine, live, None, operations)
         self.mirror = build_shard(config, 0)
         self.copies: dict[int, FragmentCopy] = {}
         self.members = MembershipState()
