@@ -110,11 +110,15 @@ def descendants(pid: int) -> list[int]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[KillableCluster]:
     """A cluster that all tests share."""
-    found = KillableCluster()
-    try:
-        yield found
-    finally:
-        found.shut_down()
+    # Ray pickles functions of modules by name: its workers must be able to import this folder's.
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        found = KillableCluster()
+        try:
+            yield found
+        finally:
+            found.shut_down()
 
 
 def eventually(condition: Callable[[], bool]) -> None:
