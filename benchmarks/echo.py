@@ -20,8 +20,9 @@ from typing import Any, Self
 import grpc.aio
 import uvloop
 
+from paceline_wire.limits import MAX_MESSAGE_BYTES
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.transfer import MAX_MESSAGE_BYTES, MESSAGE_BYTES
+from paceline_wire.transfer import MESSAGE_BYTES
 
 METHOD = "/bare/Stream"
 QUESTION = struct.Struct("!QQ")

@@ -21,7 +21,7 @@ from paceline_wire.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from paceline_wire.transfer import MAX_MESSAGE_BYTES
+from paceline_wire.limits import MAX_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -57,6 +57,7 @@ EXIT_CODES: dict[type[errors.PacelineError], ExitCode] = {
     errors.SupersededError: ExitCode.REFUSED,
     errors.PushRefusedError: ExitCode.REFUSED,
     errors.QuarantinedError: ExitCode.REFUSED,
+    errors.EvictedError: ExitCode.REFUSED,
     errors.StorageError: ExitCode.STORAGE,
 }
 """The exit code of each error; the nearest class counts."""

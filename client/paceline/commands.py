@@ -5,7 +5,7 @@ torch and grpc are imported by the functions that need them: `paceline --help` l
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from paceline_wire.errors import InvalidInputError, NotInitializedError
 
 if TYPE_CHECKING:
     import torch
+    from google.protobuf.message import Message
 
     from paceline_wire.manifest import Manifest
     from paceline_wire.v1 import admin_pb2
@@ -45,7 +46,7 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
     """One look at the run served at ADDRESS (host:port of any shard)."""
     shards = asyncio.run(_statuses(address, token, tls_ca or tls))
     if as_json:
-        click.echo(json.dumps({"shards": [_as_mapping(shard) for shard in shards]}, indent=2))
+        click.echo(json.dumps({"shards": [as_mapping(shard) for shard in shards]}, indent=2))
         return
     for shard in shards:
         click.echo(_shard_text(shard))
@@ -53,6 +54,10 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
             click.echo(f"  warning: {warning}")
         for held in shard.quarantined:
             click.echo(_quarantined_text(held))
+        for evicted in shard.evicted:
+            click.echo(_evicted_text(evicted))
+    for difference in _differences(shards):
+        click.echo(f"  warning: {difference}")
     for member in shards[0].members:
         click.echo(_member_text(member))
 
@@ -92,10 +97,15 @@ def _data_directory_reader() -> "Callable[[Path], tuple[Manifest, dict[str, torc
 
 
 async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[admin_pb2.StatusResponse]":
-    from paceline.client import connect
+    # Not through `connect`: a look at a run needs no torch, which takes seconds to import.
+    from paceline.channels import Access
+    from paceline.shards import on_every_shard, status_of
 
-    async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:
-        return await client.statuses()
+    outcomes = await on_every_shard(address, Access.of(tls, token), status_of, reach_s=REACH_S)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.answer for outcome in outcomes if outcome.answer is not None]
 
 
 async def _parameters(address: str, token: str | None, tls: str | bool) -> "tuple[Manifest, dict[str, torch.Tensor]]":
@@ -114,11 +124,12 @@ def _in_model_dtypes(manifest: "Manifest", tensors: "dict[str, torch.Tensor]") -
     return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in manifest.tensors}
 
 
-def _as_mapping(shard: "admin_pb2.StatusResponse") -> dict[str, Any]:
+def as_mapping(message: "Message") -> dict[str, Any]:
+    """A message as JSON has it, with its fields' own names."""
     from google.protobuf.json_format import MessageToDict
 
     # protobuf writes 64-bit numbers as strings; scripts want numbers.
-    mapping = MessageToDict(shard, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    mapping = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     return {key: _number(value) for key, value in mapping.items()}
 
 
@@ -133,6 +144,7 @@ def _number(value: Any) -> Any:
 def _shard_text(shard: "admin_pb2.StatusResponse") -> str:
     if not shard.initialized:
         return f"shard {shard.shard_index}: not initialized; the first worker to join gives it its parameters"
+    quota = f"quota {shard.settings.quota}" if shard.settings.HasField("quota") else "quota left to the active workers"
     late = shard.bins_late_total / max(shard.pushes_applied, 1)
     return (
         f"shard {shard.shard_index}: {shard.num_fragments} fragments, {shard.num_elements:,} elements, "
@@ -141,7 +153,8 @@ def _shard_text(shard: "admin_pb2.StatusResponse") -> str:
         f"{shard.pushes_duplicate} seen again, {shard.pushes_refused} refused, {shard.pushes_outlying} of them for "
         f"their norm\n"
         f"  bytes: {shard.bytes_received:,} received, {shard.bytes_sent:,} sent\n"
-        f"  state: {_storage_text(shard)}"
+        f"  settings: lr {shard.settings.lr:g}, {shard.settings.inner_steps} inner steps, {quota}\n"
+        f"  state: {_storage_text(shard)}" + ("; draining" if shard.draining else "")
     )
 
 
@@ -169,3 +182,18 @@ def _member_text(member: "admin_pb2.MemberStatus") -> str:
 
 def _quarantined_text(held: "admin_pb2.QuarantinedWorker") -> str:
     return f"  in quarantine for {held.remaining_ms / 1000:.0f} s more: worker {held.worker_id}: {held.reason}"
+
+
+def _evicted_text(held: "admin_pb2.EvictedWorker") -> str:
+    time = f"for {held.remaining_ms / 1000:.0f} s more" if held.HasField("remaining_ms") else "until admitted"
+    return f"  evicted {time}: worker {held.worker_id}" + (f": {held.reason}" if held.reason else "")
+
+
+def _differences(shards: "Sequence[admin_pb2.StatusResponse]") -> list[str]:
+    """In which settings shards differ that should have the same, as when one was away while they were set."""
+    first = shards[0]
+    return [
+        f"shard {shard.shard_index} has other settings than shard 0; set them again: `paceline admin set`"
+        for shard in shards[1:]
+        if shard.settings != first.settings
+    ]

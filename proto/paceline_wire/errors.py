@@ -103,6 +103,12 @@ class QuarantinedError(PacelineError):
     grpc_code = "PERMISSION_DENIED"
 
 
+class EvictedError(PacelineError):
+    """The run's operator keeps the worker out, for a time or until it is admitted again."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
 class StorageError(PacelineError):
     """A data directory is damaged, in use, of another run, or cannot be read or written; the text says what helps."""
 

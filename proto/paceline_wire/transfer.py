@@ -22,9 +22,6 @@ SMALLEST_PIECE_BYTES = 16 * 1024
 
 _LONG_WRITE_S, _SHORT_WRITE_S = 1.0, 0.25
 
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""The largest message either side accepts; a guard, since honest messages stay near MESSAGE_BYTES."""
-
 
 class Outgoing(NamedTuple):
     """An encoding that is ready to be sent.

@@ -1,91 +1,122 @@
-"""The operator's face of a shard: its status."""
+"""The operator's face of a shard: translates messages to acts, and their outcomes to messages; decides nothing."""
 
-import time
 from typing import Any
 
 import grpc.aio
 
+from paceline_server.audit import MOST_ENTRIES
+from paceline_server.caller import caller_of
+from paceline_server.config import ServerConfig
 from paceline_server.engine import Engine
+from paceline_server.live_configuration import LiveConfiguration, Value
+from paceline_server.operations import Operations
 from paceline_server.service import with_status
-from paceline_server.storage.snapshotter import Snapshotter
+from paceline_server.status import status_of
+from paceline_server.storage.snapshotter import Snapshotter, WrittenSnapshot
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+
+USUAL_ENTRIES = 100
+"""Entries of the audit log that are sent unless the caller says how many."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
-    """Operations that do not belong to training; see admin.proto.
+    """Operations that do not belong to training; see admin.proto for what each promises.
 
     Args:
         engine: The shard in operation.
+        live: Its configuration.
         snapshotter: What writes its snapshots; None if its state is in memory.
+        operations: What carries out the acts.
     """
 
-    def __init__(self, engine: Engine, snapshotter: Snapshotter | None) -> None:
+    def __init__(
+        self, engine: Engine, live: LiveConfiguration, snapshotter: Snapshotter | None, operations: Operations
+    ) -> None:
         self._engine = engine
+        self._live = live
         self._snapshotter = snapshotter
+        self._operations = operations
         self._started_s = engine.clock()
 
     @with_status
-    async def Status(
-        self, request: admin_pb2.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> admin_pb2.StatusResponse:
+    async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         """One look at the shard."""
-        shard, now = self._engine.shard, self._engine.clock()
-        membership, counters = shard.membership, shard.counters
-        bins = [fragment.ledger.issuing_bin for fragment in shard.fragments.values()]
-        return admin_pb2.StatusResponse(
-            shard_index=shard.index,
-            initialized=shard.initialized,
-            num_fragments=len(shard.fragments),
-            num_elements=sum(fragment.plan.num_elements for fragment in shard.fragments.values()),
-            min_bin=min(bins, default=0),
-            max_bin=max(bins, default=0),
-            pushes_applied=counters.pushes_applied,
-            pushes_duplicate=counters.pushes_duplicate,
-            pushes_refused=counters.pushes_refused,
-            pushes_outlying=counters.pushes_outlying,
-            bytes_received=counters.bytes_received,
-            bytes_sent=counters.bytes_sent,
-            bins_late_total=counters.bins_late_total,
-            uptime_ms=round((now - self._started_s) * 1000),
-            members=[
-                admin_pb2.MemberStatus(
-                    worker_id=member.worker,
-                    worker_index=member.index,
-                    inner_step_us=None if member.inner_step_s is None else round(member.inner_step_s * 1e6),
-                    inner_steps=membership.inner_steps(member.worker),
-                    pushes_applied=shard.pushes_by_worker.get(member.worker, 0),
-                    pushes_refused=shard.refused_by_worker.get(member.worker, 0),
-                    silent_ms=round(max(now - member.seen_s, 0.0) * 1000),
-                    allowed_silence_ms=round(membership.allowed_silence_s(member.worker) * 1000),
-                )
-                for member in membership.members
-            ],
-            quarantined=[
-                admin_pb2.QuarantinedWorker(
-                    worker_id=held.worker, reason=held.reason, remaining_ms=round(held.remaining_s * 1000)
-                )
-                for held in membership.quarantine.workers(now)
-            ],
-            warnings=self._warnings(),
-            storage=None if self._snapshotter is None else _storage_status(self._snapshotter),
+        response = status_of(self._engine, self._snapshotter, self._started_s)
+        response.settings.CopyFrom(_settings(self._live.config))
+        response.draining = self._operations.draining
+        return response
+
+    @with_status
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        """Finish, and end the process."""
+        drained = await self._operations.drain(caller_of(context), discard_state=request.discard_state)
+        return admin_pb2.DrainResponse(
+            snapshot=None if drained.snapshot is None else _snapshot(drained.snapshot), problem=drained.problem or ""
         )
 
-    def _warnings(self) -> list[str]:
-        warnings = [self._engine.warning]
-        if self._snapshotter is not None:
-            warnings += [self._snapshotter.durable.journal.problem, self._snapshotter.counters.problem]
-        return [warning for warning in warnings if warning is not None]
+    @with_status
+    async def Evict(self, request: admin_pb2.EvictRequest, context: Context) -> admin_pb2.EvictResponse:
+        """Keep a worker out."""
+        duration_s = request.duration_ms / 1000 if request.HasField("duration_ms") else None
+        was_member, was_evicted = await self._operations.evict(
+            caller_of(context), request.worker_id, request.reason, duration_s
+        )
+        return admin_pb2.EvictResponse(was_member=was_member, was_evicted=was_evicted)
+
+    @with_status
+    async def Admit(self, request: admin_pb2.AdmitRequest, context: Context) -> admin_pb2.AdmitResponse:
+        """Let a worker in again."""
+        was_kept_out = await self._operations.admit(caller_of(context), request.worker_id)
+        return admin_pb2.AdmitResponse(was_kept_out=was_kept_out)
+
+    @with_status
+    async def Snapshot(self, request: admin_pb2.SnapshotRequest, context: Context) -> admin_pb2.SnapshotResponse:
+        """Write a snapshot now."""
+        return _snapshot(await self._operations.snapshot(caller_of(context)))
+
+    @with_status
+    async def Configure(self, request: admin_pb2.ConfigureRequest, context: Context) -> admin_pb2.ConfigureResponse:
+        """Change what can change."""
+        values: dict[str, Value] = {}
+        if request.HasField("lr"):
+            values["outer.lr"] = request.lr
+        if request.HasField("inner_steps"):
+            values["exchange.inner_steps"] = request.inner_steps
+        if request.HasField("quota"):
+            values["schedule.quota"] = request.quota or None
+        before, after, is_kept = await self._operations.configure(caller_of(context), values)
+        return admin_pb2.ConfigureResponse(before=_settings(before), after=_settings(after), is_kept=is_kept)
+
+    @with_status
+    async def Audit(self, request: admin_pb2.AuditRequest, context: Context) -> admin_pb2.AuditResponse:
+        """What operators did."""
+        count = min(request.num_entries or USUAL_ENTRIES, MOST_ENTRIES)
+        return admin_pb2.AuditResponse(
+            entries=[
+                admin_pb2.AuditEntry(
+                    time_us=entry.time_us,
+                    who=entry.who,
+                    peer=entry.peer,
+                    act=entry.act,
+                    subject=entry.subject,
+                    old=entry.old,
+                    new=entry.new,
+                    result=entry.result,
+                )
+                for entry in await self._operations.audit.newest(count)
+            ]
+        )
 
 
-def _storage_status(snapshotter: Snapshotter) -> admin_pb2.StorageStatus:
-    durable, counters = snapshotter.durable, snapshotter.counters
-    age_s = None if counters.finished_s is None else time.monotonic() - counters.finished_s
-    return admin_pb2.StorageStatus(
-        sync=durable.journal.sync.value,
-        newest_record=durable.journal.newest_record,
-        journal_bytes=snapshotter.journal_bytes,
-        snapshots=counters.written,
-        snapshot_age_ms=None if age_s is None else round(age_s * 1000),
-        recovered_records=durable.recovered.replayed,
-        recovery_ms=round(durable.recovered.took_s * 1000),
+def _settings(config: ServerConfig) -> admin_pb2.LiveSettings:
+    return admin_pb2.LiveSettings(
+        lr=config.outer.lr, inner_steps=config.exchange.inner_steps, quota=config.schedule.quota
+    )
+
+
+def _snapshot(written: WrittenSnapshot) -> admin_pb2.SnapshotResponse:
+    return admin_pb2.SnapshotResponse(
+        path=str(written.path), num_bytes=written.num_bytes, record=written.number, existed=written.existed
     )

@@ -58,9 +58,9 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
     shards = ShardProcesses(config)
     shards.start()
     _announce(config, shards.ports, shards.recoveries, as_json)
-    while not stopping.wait(LOOK_EVERY_S) and not shards.ended():
+    while not stopping.wait(LOOK_EVERY_S) and not shards.failed() and not shards.drained():
         continue
-    ended = shards.ended()
+    ended = shards.failed()
     code = shards.stop()
     if not ended:
         return code

@@ -25,13 +25,7 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
         index=index,
         num_shards=config.shards,
         rule=rule,
-        schedule=Schedule(
-            kind=ScheduleKind(config.schedule.kind),
-            quota=config.schedule.quota,
-            quorum=config.schedule.quorum,
-            look_ahead=config.look_ahead,
-            late_bins=config.outer.late_bins,
-        ),
+        schedule=schedule_of(config),
         membership=Membership(
             lease_s=config.schedule.lease_s,
             inner_steps=config.exchange.inner_steps,
@@ -40,6 +34,17 @@ def build_shard(config: ServerConfig, index: int) -> Shard:
         ),
         guard=Guard(outlier_factor=config.guard.outlier_factor) if config.guard.refuse_outliers else None,
         correction=correction,
+    )
+
+
+def schedule_of(config: ServerConfig) -> Schedule:
+    """Return when bins close and workers are answered."""
+    return Schedule(
+        kind=ScheduleKind(config.schedule.kind),
+        quota=config.schedule.quota,
+        quorum=config.schedule.quorum,
+        look_ahead=config.look_ahead,
+        late_bins=config.outer.late_bins,
     )
 
 

@@ -11,21 +11,29 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from paceline_server.buffers import MIB, Buffers
-from paceline_server.config import DEFAULT_BUFFER_MIB, DEFAULT_REFERENCE_MIB
+from paceline_server.config import DEFAULT_BUFFER_MIB, DEFAULT_REFERENCE_MIB, ServerConfig
 from paceline_server.evidence import EvidenceKeeper, NoEvidence
 from paceline_server.guard import checked_norm, median_of
 from paceline_server.held import Form, HeldMemory, Holdings
 from paceline_server.hosted import FragmentCopy, HostedFragment
-from paceline_server.journal import Decided, FragmentInitialized, Initialized, Journal, MembershipChanged, Record
+from paceline_server.journal import (
+    Configured,
+    Decided,
+    FragmentInitialized,
+    Initialized,
+    Journal,
+    MembershipChanged,
+    Record,
+)
 from paceline_server.ledger import Answer, Decision, Ledger, Outcome, answer_with_newest
 from paceline_server.newest import NewestValues, Wanted
 from paceline_server.received import ReceivedPush, evidence_of, follow_and_encode
@@ -141,10 +149,8 @@ class Engine:
         Raises:
             ManifestMismatchError: The run has another manifest.
         """
-        async with AsyncExitStack() as held:
-            # Nobody may push to parameters that are about to be replaced.
-            for lock in self._locks.values():
-                await held.enter_async_context(lock)
+        # Nobody may push to parameters that are about to be replaced.
+        async with self._at_rest():
             if not self.shard.begin_initialization(manifest, initialization_id, replaces):
                 return False
             self._locks = {index: asyncio.Lock() for index in self.shard.fragments}
@@ -157,6 +163,35 @@ class Engine:
                 )
             )
         return True
+
+    async def change(self, record: Configured, apply: Callable[[], None]) -> None:
+        """Keep another configuration and go on by it; no push is being decided or applied meanwhile.
+
+        Raises:
+            StorageFullError: There is no room to keep it; nothing has changed.
+            UnavailableError: The journal failed, and the shard ends.
+        """
+        async with self._at_rest():
+            await self._append(record)
+            apply()
+        self.roster_changed()
+
+    def take_config(self, config: ServerConfig) -> None:
+        """Judge by another configuration whether the settings suit the workers."""
+        if self._watch is not None:
+            self._watch.take(config)
+
+    @asynccontextmanager
+    async def _at_rest(self) -> AsyncIterator[None]:
+        """Hold every fragment, so that all records before are followed and none comes meanwhile."""
+        while True:
+            locks = self._locks
+            async with AsyncExitStack() as held:
+                for lock in locks.values():
+                    await held.enter_async_context(lock)
+                if self._locks is locks:
+                    yield
+                    return
 
     async def initialize_fragment(self, index: int, codec: Codec, payload: torch.Tensor) -> None:
         """Take a fragment's first parameters.
@@ -329,7 +364,7 @@ class Engine:
         async with self._locks[push.fragment]:
             if self.shard.fragments.get(push.fragment) is not fragment:
                 raise NotInitializedError("the run was initialized anew, and this push belongs to what it replaced")
-            self.shard.membership.quarantine.refuse(self.clock(), push.request.worker)
+            self.shard.membership.refuse_kept_out(self.clock(), push.request.worker)
             push = await self._inspected(push)
             now_s, request = self.clock(), push.request
             recent_norms = fragment.norms
@@ -351,7 +386,7 @@ class Engine:
         if quarantined is not None:
             _log.warning("%s", quarantined)
             await self.membership_changed()
-            self.shard.membership.quarantine.refuse(self.clock(), request.worker)
+            self.shard.membership.refuse_kept_out(self.clock(), request.worker)
         if decision.contribution is not None:
             await self._look_at_stability(decision.contribution.bins_late)
 

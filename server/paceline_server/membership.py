@@ -3,7 +3,8 @@
 Rules:
 
 1. A worker is active from its join until it leaves, is silent for longer than its own heartbeats make likely and the
-   lease allows (silence.py), or is put in quarantine (quarantine.py). Every sign of life ends a silence.
+   lease allows (silence.py), or is put in quarantine (quarantine.py) or evicted by an operator (evictions.py). Every
+   sign of life ends a silence.
 2. A higher incarnation supersedes a lower one of the same worker at once; the lower one is refused from then on. So is
    an incarnation that has left. One that was given up may join again.
 3. An index is the lowest one that no active worker has, and a worker keeps it while it is active.
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from paceline_server.departures import Departures, GoneWorker
+from paceline_server.evictions import EvictedWorker, Evictions
 from paceline_server.quarantine import Quarantine, QuarantinedWorker
 from paceline_server.silence import Silences
 from paceline_wire.errors import InvalidInputError, NotAMemberError, PacelineError, SupersededError
@@ -55,6 +57,7 @@ class MembershipState:
         most_active: The most workers that were ever active at once.
         gone: The workers that are gone and remembered, in the order in which they went.
         quarantined: The workers in quarantine.
+        evicted: The workers that an operator keeps out.
     """
 
     members: tuple[Member, ...] = ()
@@ -62,6 +65,7 @@ class MembershipState:
     most_active: int = 0
     gone: tuple[GoneWorker, ...] = ()
     quarantined: tuple[QuarantinedWorker, ...] = ()
+    evicted: tuple[EvictedWorker, ...] = ()
 
 
 class Membership:
@@ -79,6 +83,7 @@ class Membership:
     ) -> None:
         self.lease_s = lease_s
         self.quarantine = quarantine or Quarantine(rounds=1, duration_s=0.0)
+        self.evictions = Evictions()
         self._silences = Silences(lease_s)
         self._departures = Departures()
         self._inner_steps = inner_steps
@@ -119,6 +124,7 @@ class Membership:
             most_active=self.most_active,
             gone=self._departures.state(now),
             quarantined=self.quarantine.workers(now),
+            evicted=self.evictions.workers(now),
         )
 
     def restore(self, state: MembershipState, now: float) -> None:
@@ -128,6 +134,7 @@ class Membership:
         self.most_active = state.most_active
         self._departures.restore(now, state.gone)
         self.quarantine.restore(now, state.quarantined)
+        self.evictions.restore(now, state.evicted)
         self._silences = Silences(self.lease_s)
         for member in state.members:
             self._silences.begin(now, member.worker, member.incarnation)
@@ -138,17 +145,15 @@ class Membership:
         Raises:
             InvalidInputError: The name or the incarnation is not allowed.
             QuarantinedError: The worker is in quarantine.
+            EvictedError: An operator keeps the worker out.
             SupersededError: A newer incarnation of the worker has joined, or this one has left.
         """
-        if _WORKER_ID.fullmatch(worker) is None:
-            raise InvalidInputError(
-                f"worker_id {worker[:128]!r} is not allowed: use 1 to 128 letters, digits, '.', '_', ':' or '-'"
-            )
+        _require_name(worker)
         if incarnation < 1:
             raise InvalidInputError(
                 f"incarnation {incarnation} of worker {worker!r} is not allowed: it must be positive"
             )
-        self.quarantine.refuse(now, worker)
+        self.refuse_kept_out(now, worker)
         self._refuse_superseded(worker, incarnation)
         known = self._members.get(worker)
         if known is not None and known.incarnation == incarnation:
@@ -168,6 +173,7 @@ class Membership:
 
         Raises:
             QuarantinedError: The worker is in quarantine.
+            EvictedError: An operator keeps the worker out.
             SupersededError: A newer incarnation of the worker has joined.
             NotAMemberError: It has not joined, or was given up.
         """
@@ -182,7 +188,7 @@ class Membership:
         return None
 
     def _member(self, now: float, worker: str, incarnation: int) -> Member:
-        self.quarantine.refuse(now, worker)
+        self.refuse_kept_out(now, worker)
         self._refuse_superseded(worker, incarnation)
         member = self._members.get(worker)
         if member is None or member.incarnation != incarnation:
@@ -196,6 +202,7 @@ class Membership:
 
         Raises:
             QuarantinedError: The worker is in quarantine.
+            EvictedError: An operator keeps the worker out.
             SupersededError: A newer incarnation of the worker has joined.
             NotAMemberError: It has not joined, or was given up.
         """
@@ -240,8 +247,39 @@ class Membership:
         reason = self.quarantine.begin(now, worker, fault)
         return f"worker {worker} is put in quarantine: {reason}; {len(self._members)} active"
 
+    def evict(self, now: float, worker: str, reason: str, duration_s: float | None) -> tuple[bool, bool]:
+        """End a worker's membership, if it has one, and keep it out, for a time or until it is admitted.
+
+        Returns:
+            Whether it was a member, and whether it was evicted already.
+
+        Raises:
+            InvalidInputError: The name is not allowed.
+        """
+        _require_name(worker)
+        member = self._members.get(worker)
+        if member is not None:
+            self._go(now, worker, member.incarnation, left=False)
+            self._silences.forget(worker)
+        return member is not None, self.evictions.begin(now, worker, reason, duration_s)
+
+    def admit(self, now: float, worker: str) -> bool:
+        """End a worker's eviction and quarantine; whether there was one."""
+        was_evicted = self.evictions.end(now, worker)
+        return self.quarantine.end(now, worker) or was_evicted
+
+    def refuse_kept_out(self, now: float, worker: str) -> None:
+        """Turn a worker away that may not take part.
+
+        Raises:
+            QuarantinedError: The worker is in quarantine.
+            EvictedError: An operator keeps the worker out.
+        """
+        self.quarantine.refuse(now, worker)
+        self.evictions.refuse(now, worker)
+
     def expire(self, now: float) -> list[str]:
-        """Give up the workers that were silent for too long, and end quarantines; returns a sentence for each."""
+        """Give up the workers that were silent for too long, and let in again whose time is over; in sentences."""
         expired = [
             (member, self.allowed_silence_s(member.worker))
             for member in self._members.values()
@@ -252,6 +290,7 @@ class Membership:
         return [
             *(self._given_up(member, now - member.seen_s, allowed_s) for member, allowed_s in expired),
             *self.quarantine.release_due(now),
+            *self.evictions.release_due(now),
         ]
 
     def next_expiry_s(self) -> float | None:
@@ -268,6 +307,10 @@ class Membership:
     def in_ledgers(self, now: float) -> frozenset[str]:
         """Names of all whose pushes must still be known, so that what is sent again is not applied again."""
         return self.active | self._departures.in_ledgers(now)
+
+    def take_inner_steps(self, inner_steps: int) -> None:
+        """Give the fastest worker so many inner steps a round from here on."""
+        self._inner_steps = inner_steps
 
     def inner_steps(self, worker: str) -> int:
         """Inner steps for a worker's next round: floor(H * v / v_max), at least 1, where v is its speed.
@@ -324,3 +367,10 @@ class Membership:
     def _lowest_free_index(self) -> int:
         taken = {member.index for member in self._members.values()}
         return next(index for index in range(len(taken) + 1) if index not in taken)
+
+
+def _require_name(worker: str) -> None:
+    if _WORKER_ID.fullmatch(worker) is None:
+        raise InvalidInputError(
+            f"worker_id {worker[:128]!r} is not allowed: use 1 to 128 letters, digits, '.', '_', ':' or '-'"
+        )

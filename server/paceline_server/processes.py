@@ -51,9 +51,13 @@ class ShardProcesses:
             self.stop()
             raise
 
-    def ended(self) -> list[int]:
-        """Indexes of the shards whose processes have ended."""
-        return [index for index, process in enumerate(self.processes) if process.poll() is not None]
+    def failed(self) -> list[int]:
+        """Indexes of the shards whose processes have ended by themselves."""
+        return [index for index, process in enumerate(self.processes) if process.poll() not in (None, 0)]
+
+    def drained(self) -> bool:
+        """Whether all have ended because an operator drained them; one that is drained waits for the others."""
+        return all(process.poll() == 0 for process in self.processes)
 
     def stop(self) -> int:
         """Let every shard finish and wait for it; the highest exit code."""

@@ -68,6 +68,13 @@ class Quarantine:
         """Whether a worker is in quarantine."""
         return now < self._until_s.get(worker, now)
 
+    def end(self, now: float, worker: str) -> bool:
+        """Let a worker in again before its time; whether it was in quarantine."""
+        was_held = self.holds(now, worker)
+        self._until_s.pop(worker, None)
+        self._reasons.pop(worker, None)
+        return was_held
+
     def refuse(self, now: float, worker: str) -> None:
         """Turn a worker away that is in quarantine.
 

@@ -12,7 +12,7 @@ _INTRODUCTION = """\
 
 <!-- Generated: python -m paceline_server.reference > docs/configuration.md -->
 
-A shard reads its configuration once, when it starts, from three places. Field by field, a later one
+A shard reads its configuration when it starts, from three places. Field by field, a later one
 overrides an earlier one:
 
 1. a TOML file: `paceline serve --config run.toml`, or the variable `PACELINE_CONFIG`;
@@ -35,6 +35,10 @@ token) and what Kubernetes sets for services named `paceline` or `paceline-...`.
     kind = "quorum"
     quota = 4
     quorum = 3
+
+`outer.lr`, `exchange.inner_steps` and `schedule.quota` can change while a run goes on: `paceline admin set`
+([operation.md](operation.md)). What was set there counts after a restart, too, until it is set again or the server is
+started with another value for the key than before.
 
 The same with flags: `paceline serve --listen 0.0.0.0:7070 --outer.lr 0.7 --schedule.kind quorum --schedule.quota 4
 --schedule.quorum 3`.

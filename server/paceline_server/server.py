@@ -12,13 +12,14 @@ from grpc_reflection.v1alpha import reflection
 
 from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
+from paceline_server.audit import AuditLog
 from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
 from paceline_server.config import ServerConfig
-from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.grpc_log import leave_out_unreadable_messages
 from paceline_server.held import Holdings
+from paceline_server.operations import Operations
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.storage.directory import ShardDirectory
@@ -28,8 +29,8 @@ from paceline_server.storage.store import ShardStore
 from paceline_server.time_watch import watch_time
 from paceline_wire import bulk
 from paceline_wire.errors import ConfigurationError
+from paceline_wire.limits import MAX_MESSAGE_BYTES
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.transfer import MAX_MESSAGE_BYTES
 from paceline_wire.v1 import admin_pb2
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -75,9 +76,9 @@ class ShardServer:
         leave_out_unreadable_messages()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
-        self._config = config
         self._index = index
         self._store = ShardStore(config, index)
+        self._config = config = self._store.live.config
         self._engine = Engine(
             self._store.shard,
             self._store.journal,
@@ -89,12 +90,20 @@ class ShardServer:
             evidence=_evidence_keeper(config, index),
         )
         durable = self._store.durable
-        self._snapshotter = Snapshotter(self._engine, durable, config) if durable is not None else None
+        self._snapshotter = Snapshotter(self._engine, durable, self._store.live) if durable is not None else None
         if (short := shortage(config)) is not None:
             _log.warning("%s", short)
         self._shards: list[pb.Shard] = []
-        self._service = ParameterServerService(
-            self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
+        self._service = ParameterServerService(self._engine, self._store.live, self._shards)
+        self._drained = asyncio.Event()
+        self._operations = Operations(
+            self._engine,
+            self._store.live,
+            self._snapshotter,
+            AuditLog(durable.directory.audit if durable is not None else None),
+            keep_settings=self._store.keep_settings if durable is not None else None,
+            stop_serving=self._stop_serving,
+            end=self._drained.set,
         )
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
@@ -145,13 +154,14 @@ class ShardServer:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
+    def shards_moved(self, shards: list[pb.Shard]) -> None:
+        """Tell clients from now on that the shards are at these addresses, in order."""
+        self._shards[:] = shards
+
     async def drain(self) -> None:
         """Stop: take nothing new, finish and acknowledge what has begun, end the streams."""
-        _log.info("stopping: finishing what has begun")
         self._stopping = True
-        await self._health.enter_graceful_shutdown()
-        # A worker on a dead link would never take its answers; it asks for them again when the shard is back.
-        await asyncio.wait({asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
+        await self._stop_serving()
         await self._server.stop(grace=1.0)
         for watch in self._watches:
             watch.cancel()
@@ -162,14 +172,16 @@ class ShardServer:
         self._store.close()
 
     async def run_until(self, stopping: asyncio.Event) -> int:
-        """Serve until the event, or until the shard can't go on; then drain. Returns the exit code.
+        """Serve until the event, until an operator drains the shard, or until it can't go on; returns the exit code.
 
         A shard whose journal failed is not drained: what it has in memory is no longer what the journal says.
         """
         stop = asyncio.create_task(stopping.wait())
-        reasons: set[asyncio.Future[Any]] = {stop, self._engine.failed, self._serving}
+        drained = asyncio.create_task(self._drained.wait())
+        reasons: set[asyncio.Future[Any]] = {stop, drained, self._engine.failed, self._serving}
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
+        drained.cancel()
         if self._engine.failed.done():
             return FAILED
         if self._serving.done():
@@ -214,13 +226,20 @@ class ShardServer:
         self._register(server)
         return server
 
+    async def _stop_serving(self) -> None:
+        """Take nothing new from workers, and answer what has come whole."""
+        _log.info("stopping: finishing what has begun")
+        await self._health.enter_graceful_shutdown()
+        # A worker on a dead link would never take its answers; it asks for them again when the shard is back.
+        await asyncio.wait({asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
+
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         watch = asyncio.create_task(work)
         watch.add_done_callback(_log_failure)
         self._watches.append(watch)
 
     def _register(self, server: grpc.aio.Server) -> None:
-        admin = AdminService(self._engine, self._snapshotter)
+        admin = AdminService(self._engine, self._store.live, self._snapshotter, self._operations)
         admin_service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
         server.add_generic_rpc_handlers((bulk.handlers(self._service), bulk.handlers(admin, admin_service)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

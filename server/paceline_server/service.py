@@ -9,9 +9,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from paceline_server.caller import caller_of, host_of
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
+from paceline_server.live_configuration import LiveConfiguration
+from paceline_server.probe import Probes, ProbeStream
 from paceline_server.streams import MAX_STREAMS
 from paceline_wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
@@ -89,18 +92,16 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
 
     Args:
         engine: The shard in operation.
-        configuration: What workers are told of the configuration.
-        fragment_elements: The largest fragment, for whoever initializes the run.
+        live: The configuration that counts.
         shards: All shards, once their addresses are known.
     """
 
-    def __init__(
-        self, engine: Engine, configuration: pb.RunConfiguration, fragment_elements: int, shards: list[pb.Shard]
-    ) -> None:
+    def __init__(self, engine: Engine, live: LiveConfiguration, shards: list[pb.Shard]) -> None:
         self._engine = engine
-        self._configuration = configuration
-        self._fragment_elements = fragment_elements
+        self._live = live
+        self._fragment_elements = live.config.exchange.fragment_elements
         self._shards = shards
+        self._probes = Probes()
         self._draining = False
 
     async def drain(self) -> None:
@@ -117,7 +118,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
-            configuration=self._configuration,
+            configuration=self._live.for_workers,
             manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
             shards=self._shards,
             shard_index=shard.index,
@@ -266,6 +267,23 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 
+    async def Probe(  # type: ignore[override]  # grpc.aio also takes a coroutine that writes to the context
+        self, request: AsyncIterator[Bulk[pb.ProbeRequest]], context: Context
+    ) -> None:
+        """Let a caller measure the way to this shard."""
+        caller = caller_of(context)
+        try:
+            with self._probes.begin():
+                # Now: see Exchange.
+                await context.send_initial_metadata(())
+                await ProbeStream(self._probes, caller.identity or host_of(caller), context.write).run(request)
+        except PacelineError as error:
+            await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
+        except grpc.aio.InternalError:
+            _log.debug("a caller hung up in the middle of a message")
+
     async def _open(self, messages: AsyncIterator[Bulk[pb.ExchangeRequest]], context: Context) -> ExchangeStream:
         async for message, _ in messages:
             if not message.HasField("open"):
@@ -291,7 +309,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         raise InvalidInputError("an exchange stream begins with `open`")
 
     def _downlink(self, asked: pb.Codec.ValueType) -> Codec:
-        codec = codecs.codec_of_wire(asked or self._configuration.exchange.downlink)
+        codec = codecs.codec_of_wire(asked or self._live.for_workers.exchange.downlink)
         if codec.name not in (*WHOLE_CODECS, *DIFFERENCE_CODECS):
             names = ", ".join((*WHOLE_CODECS, *DIFFERENCE_CODECS))
             raise InvalidInputError(f"updates cannot be written in {codec.name}; this version sends {names}")

@@ -41,6 +41,10 @@ class StabilityWatch:
         self._pushes = 0
         self._modelled = config.outer.rule in ("ormo", "ormo-da", "sgd") and config.outer.correction is None
 
+    def take(self, config: ServerConfig) -> None:
+        """Judge by other settings from here on."""
+        self._config = config
+
     def observe(self, bins_late: int, workers: int) -> Seen | None:
         """Count a push that was applied; every PUSHES_BETWEEN_LOOKS, returns what is seen: then look the region up."""
         # Of the lateness beyond late_bins only a part enters, as if the push were that late.

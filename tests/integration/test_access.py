@@ -80,6 +80,7 @@ CALLS: dict[str, Callable[[RawWorker], object]] = {
     "Leave": lambda raw: raw.leave(),
     "Fetch": lambda raw: raw.fetch(0),
     "Exchange": lambda raw: next(raw.stub.Exchange(iter([pb.ExchangeRequest()]), metadata=raw.metadata)),
+    "Probe": lambda raw: next(raw.stub.Probe(iter([pb.ProbeRequest(ping=1)]), metadata=raw.metadata)),
     "Status": lambda raw: raw.status(),
 }
 

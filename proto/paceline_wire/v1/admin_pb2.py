@@ -24,23 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpaceline_wire/v1/admin.proto\x12\x10paceline_wire.v1\"\x0f\n\rStatusRequest\"\xd9\x01\n\x0cMemberStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_index\x18\x02 \x01(\r\x12\x1a\n\rinner_step_us\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0binner_steps\x18\x04 \x01(\r\x12\x16\n\x0epushes_applied\x18\x05 \x01(\x04\x12\x11\n\tsilent_ms\x18\x06 \x01(\x04\x12\x1a\n\x12\x61llowed_silence_ms\x18\x07 \x01(\x04\x12\x16\n\x0epushes_refused\x18\x08 \x01(\x04\x42\x10\n\x0e_inner_step_us\"L\n\x11QuarantinedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x03 \x01(\x04\"\xc0\x01\n\rStorageStatus\x12\x0c\n\x04sync\x18\x01 \x01(\t\x12\x15\n\rnewest_record\x18\x02 \x01(\x04\x12\x15\n\rjournal_bytes\x18\x03 \x01(\x04\x12\x11\n\tsnapshots\x18\x04 \x01(\x04\x12\x1c\n\x0fsnapshot_age_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11recovered_records\x18\x06 \x01(\x04\x12\x13\n\x0brecovery_ms\x18\x07 \x01(\x04\x42\x12\n\x10_snapshot_age_ms\"\x84\x04\n\x0eStatusResponse\x12\x13\n\x0bshard_index\x18\x01 \x01(\r\x12\x13\n\x0binitialized\x18\x02 \x01(\x08\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x14\n\x0cnum_elements\x18\x04 \x01(\x04\x12\x0f\n\x07min_bin\x18\x05 \x01(\x04\x12\x0f\n\x07max_bin\x18\x06 \x01(\x04\x12\x16\n\x0epushes_applied\x18\x07 \x01(\x04\x12\x18\n\x10pushes_duplicate\x18\x08 \x01(\x04\x12\x16\n\x0epushes_refused\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x17\n\x0f\x62ins_late_total\x18\x0c \x01(\x04\x12\x11\n\tuptime_ms\x18\r \x01(\x04\x12/\n\x07members\x18\x0e \x03(\x0b\x32\x1e.paceline_wire.v1.MemberStatus\x12\x10\n\x08warnings\x18\x0f \x03(\t\x12\x35\n\x07storage\x18\x10 \x01(\x0b\x32\x1f.paceline_wire.v1.StorageStatusH\x00\x88\x01\x01\x12\x38\n\x0bquarantined\x18\x11 \x03(\x0b\x32#.paceline_wire.v1.QuarantinedWorker\x12\x17\n\x0fpushes_outlying\x18\x12 \x01(\x04\x42\n\n\x08_storage2[\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.paceline_wire.v1.StatusRequest\x1a .paceline_wire.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpaceline_wire/v1/admin.proto\x12\x10paceline_wire.v1\"M\n\x0cLiveSettings\x12\n\n\x02lr\x18\x01 \x01(\x01\x12\x13\n\x0binner_steps\x18\x02 \x01(\r\x12\x12\n\x05quota\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_quota\"%\n\x0c\x44rainRequest\x12\x15\n\rdiscard_state\x18\x01 \x01(\x08\"h\n\rDrainResponse\x12\x39\n\x08snapshot\x18\x01 \x01(\x0b\x32\".paceline_wire.v1.SnapshotResponseH\x00\x88\x01\x01\x12\x0f\n\x07problem\x18\x02 \x01(\tB\x0b\n\t_snapshot\"[\n\x0c\x45victRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x18\n\x0b\x64uration_ms\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x0e\n\x0c_duration_ms\"8\n\rEvictResponse\x12\x12\n\nwas_member\x18\x01 \x01(\x08\x12\x13\n\x0bwas_evicted\x18\x02 \x01(\x08\"!\n\x0c\x41\x64mitRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"%\n\rAdmitResponse\x12\x14\n\x0cwas_kept_out\x18\x01 \x01(\x08\"\x11\n\x0fSnapshotRequest\"T\n\x10SnapshotResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06record\x18\x03 \x01(\x04\x12\x0f\n\x07\x65xisted\x18\x04 \x01(\x08\"r\n\x10\x43onfigureRequest\x12\x0f\n\x02lr\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0binner_steps\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05quota\x18\x03 \x01(\rH\x02\x88\x01\x01\x42\x05\n\x03_lrB\x0e\n\x0c_inner_stepsB\x08\n\x06_quota\"\x83\x01\n\x11\x43onfigureResponse\x12.\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x1e.paceline_wire.v1.LiveSettings\x12-\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x1e.paceline_wire.v1.LiveSettings\x12\x0f\n\x07is_kept\x18\x03 \x01(\x08\"#\n\x0c\x41uditRequest\x12\x13\n\x0bnum_entries\x18\x01 \x01(\r\"\x80\x01\n\nAuditEntry\x12\x0f\n\x07time_us\x18\x01 \x01(\x04\x12\x0b\n\x03who\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x04 \x01(\t\x12\x0f\n\x07subject\x18\x05 \x01(\t\x12\x0b\n\x03old\x18\x06 \x01(\t\x12\x0b\n\x03new\x18\x07 \x01(\t\x12\x0e\n\x06result\x18\x08 \x01(\t\">\n\rAuditResponse\x12-\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1c.paceline_wire.v1.AuditEntry\"\x0f\n\rStatusRequest\"\xd9\x01\n\x0cMemberStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_index\x18\x02 \x01(\r\x12\x1a\n\rinner_step_us\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0binner_steps\x18\x04 \x01(\r\x12\x16\n\x0epushes_applied\x18\x05 \x01(\x04\x12\x11\n\tsilent_ms\x18\x06 \x01(\x04\x12\x1a\n\x12\x61llowed_silence_ms\x18\x07 \x01(\x04\x12\x16\n\x0epushes_refused\x18\x08 \x01(\x04\x42\x10\n\x0e_inner_step_us\"L\n\x11QuarantinedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x14\n\x0cremaining_ms\x18\x03 \x01(\x04\"^\n\rEvictedWorker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x19\n\x0cremaining_ms\x18\x03 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_remaining_ms\"\xc0\x01\n\rStorageStatus\x12\x0c\n\x04sync\x18\x01 \x01(\t\x12\x15\n\rnewest_record\x18\x02 \x01(\x04\x12\x15\n\rjournal_bytes\x18\x03 \x01(\x04\x12\x11\n\tsnapshots\x18\x04 \x01(\x04\x12\x1c\n\x0fsnapshot_age_ms\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x11recovered_records\x18\x06 \x01(\x04\x12\x13\n\x0brecovery_ms\x18\x07 \x01(\x04\x42\x12\n\x10_snapshot_age_ms\"\xfa\x04\n\x0eStatusResponse\x12\x13\n\x0bshard_index\x18\x01 \x01(\r\x12\x13\n\x0binitialized\x18\x02 \x01(\x08\x12\x15\n\rnum_fragments\x18\x03 \x01(\r\x12\x14\n\x0cnum_elements\x18\x04 \x01(\x04\x12\x0f\n\x07min_bin\x18\x05 \x01(\x04\x12\x0f\n\x07max_bin\x18\x06 \x01(\x04\x12\x16\n\x0epushes_applied\x18\x07 \x01(\x04\x12\x18\n\x10pushes_duplicate\x18\x08 \x01(\x04\x12\x16\n\x0epushes_refused\x18\t \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\n \x01(\x04\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x17\n\x0f\x62ins_late_total\x18\x0c \x01(\x04\x12\x11\n\tuptime_ms\x18\r \x01(\x04\x12/\n\x07members\x18\x0e \x03(\x0b\x32\x1e.paceline_wire.v1.MemberStatus\x12\x10\n\x08warnings\x18\x0f \x03(\t\x12\x35\n\x07storage\x18\x10 \x01(\x0b\x32\x1f.paceline_wire.v1.StorageStatusH\x00\x88\x01\x01\x12\x38\n\x0bquarantined\x18\x11 \x03(\x0b\x32#.paceline_wire.v1.QuarantinedWorker\x12\x17\n\x0fpushes_outlying\x18\x12 \x01(\x04\x12\x30\n\x07\x65victed\x18\x13 \x03(\x0b\x32\x1f.paceline_wire.v1.EvictedWorker\x12\x30\n\x08settings\x18\x14 \x01(\x0b\x32\x1e.paceline_wire.v1.LiveSettings\x12\x10\n\x08\x64raining\x18\x15 \x01(\x08\x42\n\n\x08_storage2\xac\x04\n\x0c\x41\x64minService\x12K\n\x06Status\x12\x1f.paceline_wire.v1.StatusRequest\x1a .paceline_wire.v1.StatusResponse\x12H\n\x05\x44rain\x12\x1e.paceline_wire.v1.DrainRequest\x1a\x1f.paceline_wire.v1.DrainResponse\x12H\n\x05\x45vict\x12\x1e.paceline_wire.v1.EvictRequest\x1a\x1f.paceline_wire.v1.EvictResponse\x12H\n\x05\x41\x64mit\x12\x1e.paceline_wire.v1.AdmitRequest\x1a\x1f.paceline_wire.v1.AdmitResponse\x12Q\n\x08Snapshot\x12!.paceline_wire.v1.SnapshotRequest\x1a\".paceline_wire.v1.SnapshotResponse\x12T\n\tConfigure\x12\".paceline_wire.v1.ConfigureRequest\x1a#.paceline_wire.v1.ConfigureResponse\x12H\n\x05\x41udit\x12\x1e.paceline_wire.v1.AuditRequest\x1a\x1f.paceline_wire.v1.AuditResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'paceline_wire.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUSREQUEST']._serialized_start=50
-  _globals['_STATUSREQUEST']._serialized_end=65
-  _globals['_MEMBERSTATUS']._serialized_start=68
-  _globals['_MEMBERSTATUS']._serialized_end=285
-  _globals['_QUARANTINEDWORKER']._serialized_start=287
-  _globals['_QUARANTINEDWORKER']._serialized_end=363
-  _globals['_STORAGESTATUS']._serialized_start=366
-  _globals['_STORAGESTATUS']._serialized_end=558
-  _globals['_STATUSRESPONSE']._serialized_start=561
-  _globals['_STATUSRESPONSE']._serialized_end=1077
-  _globals['_ADMINSERVICE']._serialized_start=1079
-  _globals['_ADMINSERVICE']._serialized_end=1170
+  _globals['_LIVESETTINGS']._serialized_start=50
+  _globals['_LIVESETTINGS']._serialized_end=127
+  _globals['_DRAINREQUEST']._serialized_start=129
+  _globals['_DRAINREQUEST']._serialized_end=166
+  _globals['_DRAINRESPONSE']._serialized_start=168
+  _globals['_DRAINRESPONSE']._serialized_end=272
+  _globals['_EVICTREQUEST']._serialized_start=274
+  _globals['_EVICTREQUEST']._serialized_end=365
+  _globals['_EVICTRESPONSE']._serialized_start=367
+  _globals['_EVICTRESPONSE']._serialized_end=423
+  _globals['_ADMITREQUEST']._serialized_start=425
+  _globals['_ADMITREQUEST']._serialized_end=458
+  _globals['_ADMITRESPONSE']._serialized_start=460
+  _globals['_ADMITRESPONSE']._serialized_end=497
+  _globals['_SNAPSHOTREQUEST']._serialized_start=499
+  _globals['_SNAPSHOTREQUEST']._serialized_end=516
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=518
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=602
+  _globals['_CONFIGUREREQUEST']._serialized_start=604
+  _globals['_CONFIGUREREQUEST']._serialized_end=718
+  _globals['_CONFIGURERESPONSE']._serialized_start=721
+  _globals['_CONFIGURERESPONSE']._serialized_end=852
+  _globals['_AUDITREQUEST']._serialized_start=854
+  _globals['_AUDITREQUEST']._serialized_end=889
+  _globals['_AUDITENTRY']._serialized_start=892
+  _globals['_AUDITENTRY']._serialized_end=1020
+  _globals['_AUDITRESPONSE']._serialized_start=1022
+  _globals['_AUDITRESPONSE']._serialized_end=1084
+  _globals['_STATUSREQUEST']._serialized_start=1086
+  _globals['_STATUSREQUEST']._serialized_end=1101
+  _globals['_MEMBERSTATUS']._serialized_start=1104
+  _globals['_MEMBERSTATUS']._serialized_end=1321
+  _globals['_QUARANTINEDWORKER']._serialized_start=1323
+  _globals['_QUARANTINEDWORKER']._serialized_end=1399
+  _globals['_EVICTEDWORKER']._serialized_start=1401
+  _globals['_EVICTEDWORKER']._serialized_end=1495
+  _globals['_STORAGESTATUS']._serialized_start=1498
+  _globals['_STORAGESTATUS']._serialized_end=1690
+  _globals['_STATUSRESPONSE']._serialized_start=1693
+  _globals['_STATUSRESPONSE']._serialized_end=2327
+  _globals['_ADMINSERVICE']._serialized_start=2330
+  _globals['_ADMINSERVICE']._serialized_end=2886
 # @@protoc_insertion_point(module_scope)

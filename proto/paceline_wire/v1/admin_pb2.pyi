@@ -19,6 +19,416 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class LiveSettings(_message.Message):
+    """What of the configuration can change while a run goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LR_FIELD_NUMBER: _builtins.int
+    INNER_STEPS_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    lr: _builtins.float
+    """outer.lr: learning rate of the mean outer gradient of a full bin, before warm-up and decay."""
+    inner_steps: _builtins.int
+    """exchange.inner_steps: inner steps in a round of the fastest worker (H)."""
+    quota: _builtins.int
+    """schedule.quota: pushes in a bin. Absent: the active workers."""
+    def __init__(
+        self,
+        *,
+        lr: _builtins.float = ...,
+        inner_steps: _builtins.int = ...,
+        quota: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quota", b"_quota", "quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quota", b"_quota", "inner_steps", b"inner_steps", "lr", b"lr", "quota", b"quota"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quota: _TypeAlias = _typing.Literal["quota"]  # noqa: Y015
+    _WhichOneofArgType__quota: _TypeAlias = _typing.Literal["_quota", b"_quota"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quota) -> _WhichOneofReturnType__quota | None: ...
+
+Global___LiveSettings: _TypeAlias = LiveSettings  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Asks a shard to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISCARD_STATE_FIELD_NUMBER: _builtins.int
+    discard_state: _builtins.bool
+    """True allows to end a shard whose state is in memory only, and is lost."""
+    def __init__(
+        self,
+        *,
+        discard_state: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discard_state", b"discard_state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """The shard is drained and ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """Why there is no snapshot, in a sentence; empty if there is one. The journal has everything all the same, unless the
+    state was in memory.
+    """
+    @_builtins.property
+    def snapshot(self) -> Global___SnapshotResponse:
+        """The snapshot that was written. Absent: there is none; see problem."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___SnapshotResponse | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_snapshot", b"_snapshot", "snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_snapshot", b"_snapshot", "problem", b"problem", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__snapshot: _TypeAlias = _typing.Literal["snapshot"]  # noqa: Y015
+    _WhichOneofArgType__snapshot: _TypeAlias = _typing.Literal["_snapshot", b"_snapshot"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot) -> _WhichOneofReturnType__snapshot | None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class EvictRequest(_message.Message):
+    """Names a worker that is to go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker's name; it need not be a member."""
+    reason: _builtins.str
+    """Why, for the worker and the audit log: at most 500 characters in one line. Empty: no reason is given."""
+    duration_ms: _builtins.int
+    """Milliseconds until it may join again. Absent: not until it is admitted."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        duration_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms", "duration_ms", b"duration_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms", "duration_ms", b"duration_ms", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_ms: _TypeAlias = _typing.Literal["duration_ms"]  # noqa: Y015
+    _WhichOneofArgType__duration_ms: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_ms) -> _WhichOneofReturnType__duration_ms | None: ...
+
+Global___EvictRequest: _TypeAlias = EvictRequest  # noqa: Y015
+
+@_typing.final
+class EvictResponse(_message.Message):
+    """What became of the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_MEMBER_FIELD_NUMBER: _builtins.int
+    WAS_EVICTED_FIELD_NUMBER: _builtins.int
+    was_member: _builtins.bool
+    """True if it was a member, which it no longer is."""
+    was_evicted: _builtins.bool
+    """True if it was evicted already; the new reason and time count from now on."""
+    def __init__(
+        self,
+        *,
+        was_member: _builtins.bool = ...,
+        was_evicted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_evicted", b"was_evicted", "was_member", b"was_member"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
+
+@_typing.final
+class AdmitRequest(_message.Message):
+    """Names a worker that may come back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker's name."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitRequest: _TypeAlias = AdmitRequest  # noqa: Y015
+
+@_typing.final
+class AdmitResponse(_message.Message):
+    """Whether anything kept the worker out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_KEPT_OUT_FIELD_NUMBER: _builtins.int
+    was_kept_out: _builtins.bool
+    """True if it was evicted or in quarantine."""
+    def __init__(
+        self,
+        *,
+        was_kept_out: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_kept_out", b"was_kept_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitResponse: _TypeAlias = AdmitResponse  # noqa: Y015
+
+@_typing.final
+class SnapshotRequest(_message.Message):
+    """Asks for a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
+
+@_typing.final
+class SnapshotResponse(_message.Message):
+    """A snapshot that is complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    EXISTED_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Its folder on the shard's host."""
+    num_bytes: _builtins.int
+    """Size of its files."""
+    record: _builtins.int
+    """The number of the first record of the journal that it may not include."""
+    existed: _builtins.bool
+    """True if nothing had changed since it was written, and it was not written now."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        record: _builtins.int = ...,
+        existed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existed", b"existed", "num_bytes", b"num_bytes", "path", b"path", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
+class ConfigureRequest(_message.Message):
+    """The settings that are to change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LR_FIELD_NUMBER: _builtins.int
+    INNER_STEPS_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
+    lr: _builtins.float
+    """outer.lr. Absent: as it is."""
+    inner_steps: _builtins.int
+    """exchange.inner_steps. Absent: as it is."""
+    quota: _builtins.int
+    """schedule.quota; 0: the active workers. Absent: as it is."""
+    def __init__(
+        self,
+        *,
+        lr: _builtins.float | None = ...,
+        inner_steps: _builtins.int | None = ...,
+        quota: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inner_steps", b"_inner_steps", "_lr", b"_lr", "_quota", b"_quota", "inner_steps", b"inner_steps", "lr", b"lr", "quota", b"quota"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inner_steps", b"_inner_steps", "_lr", b"_lr", "_quota", b"_quota", "inner_steps", b"inner_steps", "lr", b"lr", "quota", b"quota"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__inner_steps: _TypeAlias = _typing.Literal["inner_steps"]  # noqa: Y015
+    _WhichOneofArgType__inner_steps: _TypeAlias = _typing.Literal["_inner_steps", b"_inner_steps"]  # noqa: Y015
+    _WhichOneofReturnType__lr: _TypeAlias = _typing.Literal["lr"]  # noqa: Y015
+    _WhichOneofArgType__lr: _TypeAlias = _typing.Literal["_lr", b"_lr"]  # noqa: Y015
+    _WhichOneofReturnType__quota: _TypeAlias = _typing.Literal["quota"]  # noqa: Y015
+    _WhichOneofArgType__quota: _TypeAlias = _typing.Literal["_quota", b"_quota"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__inner_steps) -> _WhichOneofReturnType__inner_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr) -> _WhichOneofReturnType__lr | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quota) -> _WhichOneofReturnType__quota | None: ...
+
+Global___ConfigureRequest: _TypeAlias = ConfigureRequest  # noqa: Y015
+
+@_typing.final
+class ConfigureResponse(_message.Message):
+    """The settings before and after."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    IS_KEPT_FIELD_NUMBER: _builtins.int
+    is_kept: _builtins.bool
+    """True if they stay so when the shard is started again with the configuration that it has now."""
+    @_builtins.property
+    def before(self) -> Global___LiveSettings:
+        """As they were."""
+
+    @_builtins.property
+    def after(self) -> Global___LiveSettings:
+        """As they are from now on."""
+
+    def __init__(
+        self,
+        *,
+        before: Global___LiveSettings | None = ...,
+        after: Global___LiveSettings | None = ...,
+        is_kept: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "is_kept", b"is_kept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfigureResponse: _TypeAlias = ConfigureResponse  # noqa: Y015
+
+@_typing.final
+class AuditRequest(_message.Message):
+    """Asks for the audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ENTRIES_FIELD_NUMBER: _builtins.int
+    num_entries: _builtins.int
+    """Entries wanted, the newest; 0: 100. At most 1000 are sent."""
+    def __init__(
+        self,
+        *,
+        num_entries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_entries", b"num_entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditRequest: _TypeAlias = AuditRequest  # noqa: Y015
+
+@_typing.final
+class AuditEntry(_message.Message):
+    """One act of an operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_US_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    ACT_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    OLD_FIELD_NUMBER: _builtins.int
+    NEW_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    time_us: _builtins.int
+    """When it ended, in microseconds since 1970 by the shard's clock."""
+    who: _builtins.str
+    """Whose credential was shown; empty: none that names anybody."""
+    peer: _builtins.str
+    """From where the call came, as the network says it."""
+    act: _builtins.str
+    """What: "drain", "evict", "admit", "snapshot" or "configure"."""
+    subject: _builtins.str
+    """On what: a worker's name, or a setting's key; empty: the shard."""
+    old: _builtins.str
+    """The value before; empty: none."""
+    new: _builtins.str
+    """The value from then on; empty: none."""
+    result: _builtins.str
+    """"done", or "refused: " and why."""
+    def __init__(
+        self,
+        *,
+        time_us: _builtins.int = ...,
+        who: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        act: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        old: _builtins.str = ...,
+        new: _builtins.str = ...,
+        result: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["act", b"act", "new", b"new", "old", b"old", "peer", b"peer", "result", b"result", "subject", b"subject", "time_us", b"time_us", "who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditEntry: _TypeAlias = AuditEntry  # noqa: Y015
+
+@_typing.final
+class AuditResponse(_message.Message):
+    """The newest entries, the newest last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
+        """The entries."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___AuditEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditResponse: _TypeAlias = AuditResponse  # noqa: Y015
+
+@_typing.final
 class StatusRequest(_message.Message):
     """Asks for a shard's status."""
 
@@ -118,6 +528,38 @@ class QuarantinedWorker(_message.Message):
 Global___QuarantinedWorker: _TypeAlias = QuarantinedWorker  # noqa: Y015
 
 @_typing.final
+class EvictedWorker(_message.Message):
+    """A worker that an operator keeps out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REMAINING_MS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """The worker's name."""
+    reason: _builtins.str
+    """Why, as the operator said it; empty: not said."""
+    remaining_ms: _builtins.int
+    """Milliseconds until it may join again. Absent: not until it is admitted."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        remaining_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "remaining_ms", b"remaining_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms", "reason", b"reason", "remaining_ms", b"remaining_ms", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__remaining_ms: _TypeAlias = _typing.Literal["remaining_ms"]  # noqa: Y015
+    _WhichOneofArgType__remaining_ms: _TypeAlias = _typing.Literal["_remaining_ms", b"_remaining_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_ms) -> _WhichOneofReturnType__remaining_ms | None: ...
+
+Global___EvictedWorker: _TypeAlias = EvictedWorker  # noqa: Y015
+
+@_typing.final
 class StorageStatus(_message.Message):
     """How a shard's state is kept."""
 
@@ -189,6 +631,9 @@ class StatusResponse(_message.Message):
     STORAGE_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     PUSHES_OUTLYING_FIELD_NUMBER: _builtins.int
+    EVICTED_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     shard_index: _builtins.int
     """The index of the shard."""
     initialized: _builtins.bool
@@ -217,6 +662,8 @@ class StatusResponse(_message.Message):
     """Milliseconds since the start of the process."""
     pushes_outlying: _builtins.int
     """Pushes refused because their norm was out of all proportion to the fragment's recent ones."""
+    draining: _builtins.bool
+    """True once the shard was asked to end and takes no new pushes."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberStatus]:
         """The active workers."""
@@ -232,6 +679,14 @@ class StatusResponse(_message.Message):
     @_builtins.property
     def quarantined(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuarantinedWorker]:
         """The workers in quarantine."""
+
+    @_builtins.property
+    def evicted(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvictedWorker]:
+        """The workers that an operator keeps out."""
+
+    @_builtins.property
+    def settings(self) -> Global___LiveSettings:
+        """The settings that can change while the run goes on, as they are."""
 
     def __init__(
         self,
@@ -254,10 +709,13 @@ class StatusResponse(_message.Message):
         storage: Global___StorageStatus | None = ...,
         quarantined: _abc.Iterable[Global___QuarantinedWorker] | None = ...,
         pushes_outlying: _builtins.int = ...,
+        evicted: _abc.Iterable[Global___EvictedWorker] | None = ...,
+        settings: Global___LiveSettings | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "storage", b"storage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "settings", b"settings", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_outlying", b"pushes_outlying", "pushes_refused", b"pushes_refused", "quarantined", b"quarantined", "shard_index", b"shard_index", "storage", b"storage", "uptime_ms", b"uptime_ms", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_storage", b"_storage", "bins_late_total", b"bins_late_total", "bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "draining", b"draining", "evicted", b"evicted", "initialized", b"initialized", "max_bin", b"max_bin", "members", b"members", "min_bin", b"min_bin", "num_elements", b"num_elements", "num_fragments", b"num_fragments", "pushes_applied", b"pushes_applied", "pushes_duplicate", b"pushes_duplicate", "pushes_outlying", b"pushes_outlying", "pushes_refused", b"pushes_refused", "quarantined", b"quarantined", "settings", b"settings", "shard_index", b"shard_index", "storage", b"storage", "uptime_ms", b"uptime_ms", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__storage: _TypeAlias = _typing.Literal["storage"]  # noqa: Y015
     _WhichOneofArgType__storage: _TypeAlias = _typing.Literal["_storage", b"_storage"]  # noqa: Y015

@@ -40,6 +40,36 @@ class AdminServiceStub(object):
                 request_serializer=paceline__wire_dot_v1_dot_admin__pb2.StatusRequest.SerializeToString,
                 response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Drain',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Evict',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.EvictResponse.FromString,
+                _registered_method=True)
+        self.Admit = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Admit',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.AdmitRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.AdmitResponse.FromString,
+                _registered_method=True)
+        self.Snapshot = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Snapshot',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.SnapshotResponse.FromString,
+                _registered_method=True)
+        self.Configure = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Configure',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.ConfigureRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.ConfigureResponse.FromString,
+                _registered_method=True)
+        self.Audit = channel.unary_unary(
+                '/paceline_wire.v1.AdminService/Audit',
+                request_serializer=paceline__wire_dot_v1_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_admin__pb2.AuditResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -53,6 +83,50 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes no new pushes, answers those that have come whole, writes a snapshot, and then ends the process with code 0.
+        The answer comes before that end. Refused where the state would end with the process, unless told that it may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Ends a worker's membership and refuses its name from then on, for a time or until it is admitted again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Admit(self, request, context):
+        """Ends a worker's eviction and its quarantine, so that it may join again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Snapshot(self, request, context):
+        """Writes a snapshot now. Refused without a data directory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Configure(self, request, context):
+        """Changes what of the configuration can change while the run goes on. All that is given is taken, or nothing. Every
+        push that was decided before enters by the old settings, every later one by the new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Audit(self, request, context):
+        """The newest entries of the audit log: what operators did to this shard.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +134,36 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.StatusRequest.FromString,
                     response_serializer=paceline__wire_dot_v1_dot_admin__pb2.StatusResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.EvictRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.EvictResponse.SerializeToString,
+            ),
+            'Admit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Admit,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.AdmitRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.AdmitResponse.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.SnapshotRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Configure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Configure,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.ConfigureRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.ConfigureResponse.SerializeToString,
+            ),
+            'Audit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Audit,
+                    request_deserializer=paceline__wire_dot_v1_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_admin__pb2.AuditResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +194,168 @@ class AdminService(object):
             '/paceline_wire.v1.AdminService/Status',
             paceline__wire_dot_v1_dot_admin__pb2.StatusRequest.SerializeToString,
             paceline__wire_dot_v1_dot_admin__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Drain',
+            paceline__wire_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Evict',
+            paceline__wire_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Admit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Admit',
+            paceline__wire_dot_v1_dot_admin__pb2.AdmitRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.AdmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Snapshot',
+            paceline__wire_dot_v1_dot_admin__pb2.SnapshotRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Configure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Configure',
+            paceline__wire_dot_v1_dot_admin__pb2.ConfigureRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.ConfigureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Audit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/paceline_wire.v1.AdminService/Audit',
+            paceline__wire_dot_v1_dot_admin__pb2.AuditRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_admin__pb2.AuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

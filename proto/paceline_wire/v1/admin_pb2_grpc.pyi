@@ -35,6 +35,22 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]
     """One look at the shard as it is now."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Takes no new pushes, answers those that have come whole, writes a snapshot, and then ends the process with code 0.
+    The answer comes before that end. Refused where the state would end with the process, unless told that it may.
+    """
+    Evict: _grpc.UnaryUnaryMultiCallable[_admin_pb2.EvictRequest, _admin_pb2.EvictResponse]
+    """Ends a worker's membership and refuses its name from then on, for a time or until it is admitted again."""
+    Admit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdmitRequest, _admin_pb2.AdmitResponse]
+    """Ends a worker's eviction and its quarantine, so that it may join again."""
+    Snapshot: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SnapshotRequest, _admin_pb2.SnapshotResponse]
+    """Writes a snapshot now. Refused without a data directory."""
+    Configure: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ConfigureRequest, _admin_pb2.ConfigureResponse]
+    """Changes what of the configuration can change while the run goes on. All that is given is taken, or nothing. Every
+    push that was decided before enters by the old settings, every later one by the new.
+    """
+    Audit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AuditRequest, _admin_pb2.AuditResponse]
+    """The newest entries of the audit log: what operators did to this shard."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -43,6 +59,22 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
     """One look at the shard as it is now."""
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes no new pushes, answers those that have come whole, writes a snapshot, and then ends the process with code 0.
+    The answer comes before that end. Refused where the state would end with the process, unless told that it may.
+    """
+    Evict: _aio.UnaryUnaryMultiCallable[_admin_pb2.EvictRequest, _admin_pb2.EvictResponse]  # type: ignore[assignment]
+    """Ends a worker's membership and refuses its name from then on, for a time or until it is admitted again."""
+    Admit: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdmitRequest, _admin_pb2.AdmitResponse]  # type: ignore[assignment]
+    """Ends a worker's eviction and its quarantine, so that it may join again."""
+    Snapshot: _aio.UnaryUnaryMultiCallable[_admin_pb2.SnapshotRequest, _admin_pb2.SnapshotResponse]  # type: ignore[assignment]
+    """Writes a snapshot now. Refused without a data directory."""
+    Configure: _aio.UnaryUnaryMultiCallable[_admin_pb2.ConfigureRequest, _admin_pb2.ConfigureResponse]  # type: ignore[assignment]
+    """Changes what of the configuration can change while the run goes on. All that is given is taken, or nothing. Every
+    push that was decided before enters by the old settings, every later one by the new.
+    """
+    Audit: _aio.UnaryUnaryMultiCallable[_admin_pb2.AuditRequest, _admin_pb2.AuditResponse]  # type: ignore[assignment]
+    """The newest entries of the audit log: what operators did to this shard."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operations that do not belong to training."""
@@ -54,5 +86,57 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.StatusResponse, _abc.Awaitable[_admin_pb2.StatusResponse]]:
         """One look at the shard as it is now."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Takes no new pushes, answers those that have come whole, writes a snapshot, and then ends the process with code 0.
+        The answer comes before that end. Refused where the state would end with the process, unless told that it may.
+        """
+
+    @_abc_1.abstractmethod
+    def Evict(
+        self,
+        request: _admin_pb2.EvictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.EvictResponse, _abc.Awaitable[_admin_pb2.EvictResponse]]:
+        """Ends a worker's membership and refuses its name from then on, for a time or until it is admitted again."""
+
+    @_abc_1.abstractmethod
+    def Admit(
+        self,
+        request: _admin_pb2.AdmitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AdmitResponse, _abc.Awaitable[_admin_pb2.AdmitResponse]]:
+        """Ends a worker's eviction and its quarantine, so that it may join again."""
+
+    @_abc_1.abstractmethod
+    def Snapshot(
+        self,
+        request: _admin_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SnapshotResponse, _abc.Awaitable[_admin_pb2.SnapshotResponse]]:
+        """Writes a snapshot now. Refused without a data directory."""
+
+    @_abc_1.abstractmethod
+    def Configure(
+        self,
+        request: _admin_pb2.ConfigureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ConfigureResponse, _abc.Awaitable[_admin_pb2.ConfigureResponse]]:
+        """Changes what of the configuration can change while the run goes on. All that is given is taken, or nothing. Every
+        push that was decided before enters by the old settings, every later one by the new.
+        """
+
+    @_abc_1.abstractmethod
+    def Audit(
+        self,
+        request: _admin_pb2.AuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AuditResponse, _abc.Awaitable[_admin_pb2.AuditResponse]]:
+        """The newest entries of the audit log: what operators did to this shard."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1293,3 +1293,81 @@ class ExchangeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__update) -> _WhichOneofReturnType__update | None: ...
 
 Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
+
+@_typing.final
+class ProbeRequest(_message.Message):
+    """A message of whoever measures; its fields may come together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PING_FIELD_NUMBER: _builtins.int
+    DOWNLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ping: _builtins.int
+    """Asks for an answer with the same number, at once. Absent: nothing is asked."""
+    download_bytes: _builtins.int
+    """Asks for so many bytes. Absent: none."""
+    data: _builtins.bytes
+    """Bytes that are counted and dropped."""
+    def __init__(
+        self,
+        *,
+        ping: _builtins.int | None = ...,
+        download_bytes: _builtins.int | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_download_bytes", b"_download_bytes", "_ping", b"_ping", "download_bytes", b"download_bytes", "ping", b"ping"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_download_bytes", b"_download_bytes", "_ping", b"_ping", "data", b"data", "download_bytes", b"download_bytes", "ping", b"ping"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__download_bytes: _TypeAlias = _typing.Literal["download_bytes"]  # noqa: Y015
+    _WhichOneofArgType__download_bytes: _TypeAlias = _typing.Literal["_download_bytes", b"_download_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__ping: _TypeAlias = _typing.Literal["ping"]  # noqa: Y015
+    _WhichOneofArgType__ping: _TypeAlias = _typing.Literal["_ping", b"_ping"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__download_bytes) -> _WhichOneofReturnType__download_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ping) -> _WhichOneofReturnType__ping | None: ...
+
+Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
+
+@_typing.final
+class ProbeResponse(_message.Message):
+    """A message of the shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PING_FIELD_NUMBER: _builtins.int
+    TIME_US_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    ping: _builtins.int
+    """Answers the ping of that number. Absent: not an answer to one."""
+    time_us: _builtins.int
+    """The shard's clock when it answered, in microseconds since 1970. Only beside ping."""
+    received_bytes: _builtins.int
+    """Bytes of data that have arrived on this stream. Sent now and then while they grow. Absent: not told now."""
+    data: _builtins.bytes
+    """Bytes that were asked for."""
+    def __init__(
+        self,
+        *,
+        ping: _builtins.int | None = ...,
+        time_us: _builtins.int = ...,
+        received_bytes: _builtins.int | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ping", b"_ping", "_received_bytes", b"_received_bytes", "ping", b"ping", "received_bytes", b"received_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ping", b"_ping", "_received_bytes", b"_received_bytes", "data", b"data", "ping", b"ping", "received_bytes", b"received_bytes", "time_us", b"time_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ping: _TypeAlias = _typing.Literal["ping"]  # noqa: Y015
+    _WhichOneofArgType__ping: _TypeAlias = _typing.Literal["_ping", b"_ping"]  # noqa: Y015
+    _WhichOneofReturnType__received_bytes: _TypeAlias = _typing.Literal["received_bytes"]  # noqa: Y015
+    _WhichOneofArgType__received_bytes: _TypeAlias = _typing.Literal["_received_bytes", b"_received_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ping) -> _WhichOneofReturnType__ping | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__received_bytes) -> _WhichOneofReturnType__received_bytes | None: ...
+
+Global___ProbeResponse: _TypeAlias = ProbeResponse  # noqa: Y015

@@ -70,6 +70,11 @@ class ParameterServerServiceStub(object):
                 request_serializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.stream_stream(
+                '/paceline_wire.v1.ParameterServerService/Probe',
+                request_serializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeResponse.FromString,
+                _registered_method=True)
 
 
 class ParameterServerServiceServicer(object):
@@ -129,6 +134,15 @@ class ParameterServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request_iterator, context):
+        """Measures the way between the caller and the shard: pings are answered at once, uploaded bytes are counted and
+        dropped, and as many are sent back as were asked for. Touches no run. How many probes there may be at once, how long
+        one may last, and how many bytes a caller may move are bounded; what goes beyond ends with UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ParameterServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +180,11 @@ def add_ParameterServerServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeRequest.FromString,
                     response_serializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'Probe': grpc.stream_stream_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeRequest.FromString,
+                    response_serializer=paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -358,6 +377,33 @@ class ParameterServerService(object):
             '/paceline_wire.v1.ParameterServerService/Exchange',
             paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeRequest.SerializeToString,
             paceline__wire_dot_v1_dot_parameter__server__pb2.ExchangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/paceline_wire.v1.ParameterServerService/Probe',
+            paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeRequest.SerializeToString,
+            paceline__wire_dot_v1_dot_parameter__server__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

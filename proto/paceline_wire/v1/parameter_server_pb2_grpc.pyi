@@ -59,6 +59,11 @@ class ParameterServerServiceStub:
     broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
     A caller that closes its side ends the stream at once, answers or not.
     """
+    Probe: _grpc.StreamStreamMultiCallable[_parameter_server_pb2.ProbeRequest, _parameter_server_pb2.ProbeResponse]
+    """Measures the way between the caller and the shard: pings are answered at once, uploaded bytes are counted and
+    dropped, and as many are sent back as were asked for. Touches no run. How many probes there may be at once, how long
+    one may last, and how many bytes a caller may move are bounded; what goes beyond ends with UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
@@ -84,6 +89,11 @@ class ParameterServerServiceAsyncStub(ParameterServerServiceStub):
     schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
     broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
     A caller that closes its side ends the stream at once, answers or not.
+    """
+    Probe: _aio.StreamStreamMultiCallable[_parameter_server_pb2.ProbeRequest, _parameter_server_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Measures the way between the caller and the shard: pings are answered at once, uploaded bytes are counted and
+    dropped, and as many are sent back as were asked for. Touches no run. How many probes there may be at once, how long
+    one may last, and how many bytes a caller may move are bounded; what goes beyond ends with UNAVAILABLE.
     """
 
 class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -149,6 +159,17 @@ class ParameterServerServiceServicer(metaclass=_abc_1.ABCMeta):
         schedule says so, which need not be in the order of the pushes. A push that was not answered when the stream
         broke MUST be sent again, with the same seq and the same bytes, on the next stream; it is applied at most once.
         A caller that closes its side ends the stream at once, answers or not.
+        """
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request_iterator: _MaybeAsyncIterator[_parameter_server_pb2.ProbeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_parameter_server_pb2.ProbeResponse], _abc.AsyncIterator[_parameter_server_pb2.ProbeResponse]]:
+        """Measures the way between the caller and the shard: pings are answered at once, uploaded bytes are counted and
+        dropped, and as many are sent back as were asked for. Touches no run. How many probes there may be at once, how long
+        one may last, and how many bytes a caller may move are bounded; what goes beyond ends with UNAVAILABLE.
         """
 
 def add_ParameterServerServiceServicer_to_server(servicer: ParameterServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

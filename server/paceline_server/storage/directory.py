@@ -5,6 +5,8 @@ DATA_DIR/shard-0/lock                           held by the process that serves 
                  snapshots/00000000000000000412/    the state up to record 411, and a little beyond
                  evidence/                          pushes that were refused as outlying
                  damaged/                           what `paceline repair` set aside
+                 settings.json                      what operators changed of the configuration, and still counts
+                 audit.jsonl                        what operators did
 DATA_DIR/shard-1/...
 """
 
@@ -38,6 +40,8 @@ class ShardDirectory:
         self.snapshots = self.path / "snapshots"
         self.evidence = self.path / "evidence"
         self.damaged = self.path / "damaged"
+        self.settings = self.path / "settings.json"
+        self.audit = self.path / "audit.jsonl"
 
     def create(self) -> None:
         """Make the folders that are missing.

@@ -10,6 +10,7 @@ from pathlib import Path
 from paceline_server.construction import build_shard
 from paceline_server.shard import Shard
 from paceline_server.storage.directory import ShardDirectory, shard_directories
+from paceline_server.storage.kept_settings import read_settings, write_settings
 from paceline_server.storage.recovery import Recovered, recover
 from paceline_server.storage.store import kept_config
 from paceline_server.storage.writing import write_state
@@ -46,6 +47,7 @@ def reshard(source: Path, target: Path, num_shards: int) -> list[int]:
     if not 1 <= num_shards <= num_fragments:
         raise InvalidInputError(f"{num_shards} shards are not possible: the run has {num_fragments} fragments")
     config = first.config.model_copy(update={"shards": num_shards})
+    overrides = read_settings(directories[0])
     time_s = max(each.time_s for each in recovered)
     counts = []
     for index in range(num_shards):
@@ -53,6 +55,7 @@ def reshard(source: Path, target: Path, num_shards: int) -> list[int]:
         _fill(shard, [each.shard for each in recovered], time_s)
         directory = ShardDirectory(target, index)
         write_state(directory, shard, number=1, time_s=time_s, config=kept_config(config))
+        write_settings(directory, overrides)
         counts.append(len(shard.fragments))
     return counts
 

@@ -5,16 +5,19 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from paceline_server.config import ServerConfig
 from paceline_server.engine import Engine
+from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.mirror import Mirror
 from paceline_server.storage.snapshot import SnapshotWriter, remove_snapshots_before
 from paceline_server.storage.store import Durable, kept_config
-from paceline_wire.errors import PacelineError, StorageError
+from paceline_wire.errors import NotInitializedError, PacelineError, StorageError
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -50,21 +53,40 @@ class SnapshotCounters:
     problem: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrittenSnapshot:
+    """A snapshot that is complete.
+
+    Attributes:
+        path: Its folder.
+        number: The first record of the journal that it may not include.
+        num_bytes: Size of its files.
+        existed: Whether nothing had changed since it was written, so that it was not written now.
+    """
+
+    path: Path
+    number: int
+    num_bytes: int
+    existed: bool
+
+
 class Snapshotter:
     """Watches one shard.
 
     Args:
         engine: The shard in operation.
         durable: Where it is kept.
-        config: The run's configuration.
+        live: The run's configuration.
     """
 
-    def __init__(self, engine: Engine, durable: Durable, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, durable: Durable, live: LiveConfiguration) -> None:
         self.durable = durable
         self._engine = engine
         self._directory = durable.directory
         self._journal = durable.journal
-        self._config = config
+        self._live = live
+        self._config = config = live.config
+        self._writing = asyncio.Lock()
         self._mirror = None
         if config.storage.mirror is not None:
             self._mirror = Mirror(config.storage.mirror, engine.shard.index, config.storage.keep_snapshots)
@@ -101,32 +123,54 @@ class Snapshotter:
 
     async def attempt(self) -> None:
         """Write a snapshot; one that fails leaves the ones before and the journal as they are."""
-        began_s = time.monotonic()
-        try:
-            await self._write()
-        except PacelineError as error:
-            if self.counters.problem is None:
-                _log.warning("no snapshot could be written, the journal goes on: %s", error)
-            self.counters.problem = str(error)
-            self._pause_until_s = time.monotonic() + RETRY_S
-            return
-        ended_s = time.monotonic()
-        self.counters.problem = None
-        self.counters.finished_s = ended_s
-        self._pause_until_s = ended_s + PAUSE_FACTOR * (ended_s - began_s)
+        with suppress(PacelineError):
+            await self.write()
+
+    async def write(self) -> WrittenSnapshot:
+        """Write a snapshot, unless nothing has changed since the newest; one that fails leaves all as it is.
+
+        Raises:
+            NotInitializedError: The shard's parameters are not complete.
+            StorageError: It cannot be written.
+        """
+        async with self._writing:
+            began_s = time.monotonic()
+            try:
+                number, existed = await self._write()
+            except PacelineError as error:
+                if self.counters.problem is None:
+                    _log.warning("no snapshot could be written, the journal goes on: %s", error)
+                self.counters.problem = str(error)
+                self._pause_until_s = time.monotonic() + RETRY_S
+                raise
+            ended_s = time.monotonic()
+            self.counters.problem = None
+            if not existed:
+                self.counters.finished_s = ended_s
+                self._pause_until_s = ended_s + PAUSE_FACTOR * (ended_s - began_s)
+            path = self._directory.snapshot_path(number)
+            num_bytes = await self._in_thread(lambda: _size_of(path))
+            return WrittenSnapshot(path=path, number=number, num_bytes=num_bytes, existed=existed)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown()
 
-    async def _write(self) -> None:
-        number = await self._journal.rotate()
+    async def _write(self) -> tuple[int, bool]:
+        """Write a snapshot; its number, and whether it was there."""
+        if not self._engine.shard.initialized:
+            raise NotInitializedError("the run has no parameters yet: there is nothing to write a snapshot of")
+        # Fragments are copied one by one, and replay brings each on from where it was copied: so it begins with the
+        # configuration that counted before the first record that is replayed.
+        async with self._live.changing:
+            number = await self._journal.rotate()
+            config = self._live.config
         if number == self._newest:
-            return
+            return number, True
         self._engine.replay_s, self._older_bytes = 0.0, 0
         writer = await self._in_thread(lambda: SnapshotWriter(self._directory, number))
         try:
-            await self._fill(writer)
+            await self._fill(writer, config)
         except BaseException:
             self._thread.submit(writer.abandon)
             raise
@@ -135,8 +179,9 @@ class Snapshotter:
         await self._in_thread(lambda: _prune(self._directory, self._config.storage.keep_snapshots))
         if self._mirror is not None:
             await self._in_thread(lambda: self._mirrored(number))
+        return number, False
 
-    async def _fill(self, writer: SnapshotWriter) -> None:
+    async def _fill(self, writer: SnapshotWriter, config: ServerConfig) -> None:
         engine, shard = self._engine, self._engine.shard
         for index in shard.fragments:
             copy = await engine.copied(index)
@@ -156,7 +201,7 @@ class Snapshotter:
                 time_s=engine.clock(),
                 membership_record=record,
                 membership=membership,
-                config=kept_config(self._config),
+                config=kept_config(config),
             )
         )
 
@@ -182,6 +227,10 @@ def _journal_bytes(directory: ShardDirectory, first: int) -> int:
     """Size of the files of the journal from a record on."""
     paths = [directory.segment_path(number) for number in directory.segment_numbers() if number >= first]
     return sum(path.stat().st_size for path in paths)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _prune(directory: ShardDirectory, keep: int) -> None:

@@ -11,9 +11,11 @@ from paceline_server.arrivals import ArrivalRecorder
 from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard
 from paceline_server.journal import Configured, Journal, NoJournal
+from paceline_server.live_configuration import LiveConfiguration, shaping
 from paceline_server.shard import Shard
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.durable import DurableJournal
+from paceline_server.storage.kept_settings import read_settings, write_settings
 from paceline_server.storage.recovery import Recovered, recover
 from paceline_server.storage.segment import Sync
 
@@ -53,8 +55,11 @@ class Durable:
 class ShardStore:
     """A shard's state, and where it is kept. Made in an event loop, which recovery blocks: make it before serving.
 
+    Attributes:
+        live: The configuration that counts.
+
     Args:
-        config: The run's configuration.
+        config: What the server was started with.
         index: Which of its shards this is.
 
     Raises:
@@ -63,11 +68,11 @@ class ShardStore:
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
-        self._config = config
         self._held = ExitStack()
+        self.live = LiveConfiguration(config)
         self.durable = self._opened(config, index)
         recovered = self.durable.recovered if self.durable is not None else None
-        self.shard: Shard = recovered.shard if recovered is not None else build_shard(config, index)
+        self.shard: Shard = recovered.shard if recovered is not None else build_shard(self.live.config, index)
         self.clock = RunClock(recovered.time_s if recovered is not None else time.monotonic())
         if recovered is not None:
             # Nobody could renew a lease while the server was away.
@@ -85,9 +90,18 @@ class ShardStore:
         """
         if self.durable is None:
             return
-        before, now = self.durable.recovered.config, kept_config(self._config)
+        before, now = self.durable.recovered.config, kept_config(self.live.config)
         if before is None or kept_config(before) != now:
             await self.durable.journal.append(Configured(config=now))
+
+    def keep_settings(self) -> None:
+        """Keep what operators changed of the configuration, so that it counts after a restart. Blocks.
+
+        Raises:
+            StorageError: The disk does not take it.
+        """
+        if self.durable is not None:
+            write_settings(self.durable.directory, self.live.overrides)
 
     def close(self) -> None:
         """Let go of the directory; the journal is closed by the engine."""
@@ -101,7 +115,9 @@ class ShardStore:
         directory.create()
         try:
             self._held.enter_context(directory.locked())
-            recovered = recover(directory, config)
+            self.live = LiveConfiguration(config, read_settings(directory))
+            recovered = recover(directory, self.live.config)
+            recovered.notes += self.live.notes
             next_number = recovered.newest_record + 1
             journal = DurableJournal(directory, next_number, Sync(storage.sync), storage.sync_interval_s)
         except BaseException:
@@ -116,6 +132,4 @@ def _numbered(path: Path, index: int) -> Path:
 
 def kept_config(config: ServerConfig) -> Mapping[str, Any]:
     """What the journal and the snapshots say of a configuration: what shapes the run, and no secrets or local paths."""
-    return config.model_dump(
-        mode="json", exclude_none=True, exclude={"listen", "advertise_host", "storage", "security"}
-    )
+    return shaping(config)
