@@ -12,7 +12,7 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 
 
 async def test_a_grpc_server_that_ends_by_itself_is_started_again() -> None:
-    """The client's stream is cut and resumes; pushes count once, and the shard ends in order when it is asked to."""
+    """The client resumes, every push counts once, and the shard still ends in order when it is asked to."""
     exchange = {"uplink": "fp32", "downlink": "fp32", "fragment_elements": 256}
     outer = {"rule": "sgd", "lr": 0.5}
     config = {"listen": "127.0.0.1:0", "schedule": {"quota": 1}, "exchange": exchange, "outer": outer}

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn
 import grpc
 import torch
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from fuzz.mutation import framed, frames, mutated_bytes, mutated_message
 from fuzz.target import Target, ViolationError
@@ -89,8 +90,15 @@ METHODS = (
     Method(name="Leave", request=pb.LeaveRequest),
     Method(name="Fetch", request=pb.FetchRequest, streams_out=True),
     Method(name="Exchange", request=pb.ExchangeRequest, streams_in=True, streams_out=True),
-    Method(name="Status", request=admin_pb2.StatusRequest, service="paceline_wire.v1.AdminService"),
+    *(
+        Method(name=name, request=GetMessageClass(described.input_type), service="paceline_wire.v1.AdminService")
+        for name, described in admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods_by_name.items()
+    ),
 )
+ADMIN = tuple(method.name for method in METHODS if method.service.endswith("AdminService"))
+ACTS = tuple(name for name in ADMIN if name not in ("Status", "Audit"))
+"""What operators do: each on a shard of its own, since it may change what the next input would begin from."""
+
 _BY_NAME = {method.name: number for number, method in enumerate(METHODS)}
 _EMPTY_SHARD = 0x80
 """Bit of an input's first byte: the shard has no parameters yet."""
@@ -132,6 +140,12 @@ def conversations() -> list[tuple[str, list[Message]]]:
         ("Leave", [pb.LeaveRequest(worker=HOSTILE)]),
         ("Fetch", [pb.FetchRequest(fragments=[0, 2], codec=pb.CODEC_BF16)]),
         ("Status", [admin_pb2.StatusRequest()]),
+        ("Audit", [admin_pb2.AuditRequest(num_entries=3)]),
+        ("Drain", [admin_pb2.DrainRequest(discard_state=True)]),
+        ("Evict", [admin_pb2.EvictRequest(worker_id=HOSTILE.worker_id, reason="why", duration_ms=1000)]),
+        ("Admit", [admin_pb2.AdmitRequest(worker_id=HOSTILE.worker_id)]),
+        ("Snapshot", [admin_pb2.SnapshotRequest()]),
+        ("Configure", [admin_pb2.ConfigureRequest(lr=0.5, inner_steps=7, quota=3)]),
     ]
     for downlink in (pb.CODEC_UNSPECIFIED, pb.CODEC_INT8, pb.CODEC_INT4):
         opening = pb.ExchangeOpen(worker=HOSTILE, downlink=downlink, report_received=True)
@@ -195,6 +209,12 @@ class _Context:
         named = dict(trailing_metadata).get(ERROR_METADATA_KEY)
         raise _AbortedError(f"{code.name} {named}: {details}")
 
+    def peer(self) -> str:
+        return "ipv4:192.0.2.7:1"
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
     async def send_initial_metadata(self, _metadata: Any) -> None:
         await asyncio.sleep(0)
 
@@ -222,9 +242,8 @@ class _Served:
         self.journal = _Journal()
         predicted = config.exchange.own_weight == "predicted"
         self.engine = Engine(self.shard, self.journal, send_momentum=predicted)
-        shards = [pb.Shard(port=1)]
         live = LiveConfiguration(config)
-        self.service = ParameterServerService(self.engine, live, shards)
+        self.service = ParameterServerService(self.engine, live, [pb.Shard(port=1)])
         operations = Operations(
             self.engine,
             live,
@@ -328,7 +347,7 @@ class CallsTarget(Target):
     """All handlers of both services."""
 
     name: ClassVar[str] = "calls"
-    inputs: ClassVar[int] = 120_000
+    inputs: ClassVar[int] = 60_000
     errors = ()
 
     def __init__(self) -> None:
@@ -360,13 +379,18 @@ class CallsTarget(Target):
     async def _call(self, data: bytes, *, beside: bool) -> str:
         head, which = data[:2].ljust(2, b"\0")
         method, messages = METHODS[head % len(METHODS)], frames(data[2:])
+        config = CONFIGS[which % len(CONFIGS)]
+        is_own = bool(head & _EMPTY_SHARD) or method.name in ACTS
         if head & _EMPTY_SHARD:
-            served = _Served(CONFIGS[which % len(CONFIGS)], initialized=False)
+            served = _Served(config, initialized=False)
+        elif is_own:
+            served = await _begun(config)
+            served.reset()
         else:
             served = self._served[which % len(CONFIGS)]
             served.reset()
         try:
-            honest = asyncio.create_task(_honest(served)) if beside and served.initialized else None
+            honest = asyncio.create_task(_honest(served)) if beside and served.initialized and not is_own else None
             outcome = await asyncio.wait_for(_played(served, method, messages), PATIENCE_S)
             told = await asyncio.wait_for(honest, PATIENCE_S) if honest is not None else None
             await served.settle()
@@ -377,7 +401,7 @@ class CallsTarget(Target):
             if told is not None and told != served.mirror.fragments[2].ledger.answered[HONEST.worker_id].bin:
                 raise ViolationError("an honest worker was told of another bin")
         finally:
-            if not served.initialized:
+            if is_own:
                 await served.engine.finish()
         return f"{method.name} {outcome}"
 
@@ -441,7 +465,7 @@ async def _uploaded(messages: list[bytes]) -> AsyncIterator[Bulk[pb.InitializeRe
 async def _played(served: _Served, method: Method, messages: list[bytes]) -> str:
     """Make a call; what came of it."""
     context: Any = _Context()
-    handler: Any = getattr(served.admin if method.name == "Status" else served.service, method.name)
+    handler: Any = getattr(served.admin if method.name in ADMIN else served.service, method.name)
     try:
         if method.name == "Exchange":
             request: Any = _arriving(served, messages)

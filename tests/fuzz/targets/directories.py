@@ -15,15 +15,18 @@ from typing import Any, ClassVar
 from fuzz.mutation import changed_json, mutated_bytes, mutated_json
 from fuzz.target import Target, ViolationError
 from fuzz.targets.files import memory_folder
+from paceline_server.live_configuration import LiveConfiguration
+from paceline_server.settings import config_from_mapping, config_to_mapping
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.encoding import Written, read_record, write_record
+from paceline_server.storage.kept_settings import read_settings
 from paceline_server.storage.recovery import recover
 from paceline_server.storage.repair import examine, restore
 from paceline_server.storage.segment import DamagedSegmentError, read_segment
 from paceline_server.storage.snapshot import MANIFEST_FILE, load_snapshot
 from paceline_server.storage.store import kept_config
 from paceline_server.storage.writing import write_state
-from paceline_wire.errors import StorageError
+from paceline_wire.errors import ConfigurationError, StorageError
 from support_storage import CONFIG, PlayedShard
 
 _PATCH = struct.Struct("<IB")
@@ -46,6 +49,41 @@ def written_records(path: Path) -> list[Written]:
     played = played_shard(path)
     played.close()
     return [write_record(record) for _, record in read_segment(played.directory.segment_path(1), 1)]
+
+
+class SettingsTarget(Target):
+    """What operators changed, as a shard's directory keeps it: taken up again as a valid configuration, or refused."""
+
+    name: ClassVar[str] = "settings"
+    inputs: ClassVar[int] = 20_000
+    errors = (StorageError, ConfigurationError)
+
+    def __init__(self) -> None:
+        self._folder = memory_folder()
+        self._directory = ShardDirectory(Path(self._folder.name), 0)
+        self._directory.create()
+
+    def seeds(self) -> Sequence[bytes]:
+        """All that can be changed."""
+        values = {"outer.lr": (0.7, 0.2), "exchange.inner_steps": (50, 9), "schedule.quota": (2, None)}
+        said = {key: {"configured": configured, "value": value} for key, (configured, value) in values.items()}
+        return [json.dumps(said).encode(), b"{}"]
+
+    def mutated(self, rng: random.Random, data: bytes, other: bytes) -> bytes:
+        """Node by node."""
+        return mutated_json(rng, data, other)
+
+    def run(self, data: bytes) -> str:
+        """Start with it."""
+        self._directory.settings.write_bytes(data)
+        live = LiveConfiguration(CONFIG, read_settings(self._directory))
+        if config_from_mapping(config_to_mapping(live.config)) != live.config:
+            raise ViolationError("written and read, the configuration is another")
+        return f"taken {sorted(live.overrides)} {len(live.notes) > 0}"
+
+    def finish(self) -> None:
+        """Remove the file."""
+        self._folder.cleanup()
 
 
 class RecordTarget(Target):

@@ -1,6 +1,8 @@
 """Files and texts that a server, a worker or the simulator reads: configuration, tokens, arrivals, saved states."""
 
+import asyncio
 import json
+import logging
 import random
 import re
 import tempfile
@@ -13,6 +15,7 @@ import torch
 from fuzz.mutation import FLOATS, INTEGERS, TEXTS, mutated_bytes, mutated_json
 from fuzz.target import Target, ViolationError
 from paceline.worker_state import Progress, SavedFragment, SavedPush, SavedWorker, staleness
+from paceline_server.audit import AuditEntry, AuditLog, utc_now
 from paceline_server.config import ServerConfig
 from paceline_server.config_fields import config_fields
 from paceline_server.settings import config_from_mapping, config_to_mapping, load_config
@@ -20,6 +23,7 @@ from paceline_simulator.arrivals import RecordedOrder, read_arrivals
 from paceline_wire import codecs
 from paceline_wire.errors import ConfigurationError, InvalidInputError
 from paceline_wire.manifest import Manifest, TensorSpec
+from paceline_wire.v1 import admin_pb2
 
 _WORDS = re.compile(rb"[\w.]+|\"[^\"]*\"|\S")
 
@@ -163,6 +167,51 @@ class ArrivalsTarget(Target):
     def finish(self) -> None:
         """Remove the file."""
         self._folder.cleanup()
+
+
+class AuditTarget(Target):
+    """An audit log: damaged lines are left out, and what is read can be sent."""
+
+    name: ClassVar[str] = "audit"
+    inputs: ClassVar[int] = 20_000
+
+    def __init__(self) -> None:
+        self._folder = memory_folder()
+        self._file = Path(self._folder.name) / "audit.jsonl"
+        self._loop = asyncio.new_event_loop()
+        logging.getLogger("paceline_server.audit").addFilter(_silent)
+
+    def seeds(self) -> Sequence[bytes]:
+        """Two entries."""
+        entry = AuditEntry(time=utc_now(), shard=0, who="a", peer="ipv4:192.0.2.7:1", act="evict", result="done")
+        return [2 * (json.dumps(vars(entry)).encode() + b"\n")]
+
+    def mutated(self, rng: random.Random, data: bytes, other: bytes) -> bytes:
+        """A line's values, or its bytes."""
+        lines = data.split(b"\n")
+        at = rng.randrange(len(lines))
+        lines[at] = mutated_json(rng, lines[at], other.split(b"\n")[0])
+        return b"\n".join(lines)
+
+    def run(self, data: bytes) -> str:
+        """Read it, and write what was read into messages."""
+        self._file.write_bytes(data)
+        entries = self._loop.run_until_complete(AuditLog(self._file).newest(9))
+        for entry in entries:
+            said = {name: value for name, value in vars(entry).items() if name not in ("time", "shard")}
+            admin_pb2.AuditEntry(time_us=entry.time_us, **said).SerializeToString()
+        return " ".join(sorted({entry.act if entry.act.isalpha() else "other" for entry in entries})) or "none"
+
+    def finish(self) -> None:
+        """Remove the file."""
+        logging.getLogger("paceline_server.audit").removeFilter(_silent)
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+        self._folder.cleanup()
+
+
+def _silent(_record: logging.LogRecord) -> bool:
+    return False
 
 
 _MANIFEST = Manifest.of([TensorSpec(name="x", shape=(300,), dtype="float32", role="parameter")], 256)

@@ -62,6 +62,9 @@ _FLAGS = (
     *("--schedule.quota", "1", "--schedule.lease-s", "3600", "--exchange.downlink", "fp32"),
     *("--exchange.fragment-elements", str(FRAGMENT), "--no-exchange.dynamic-inner-steps", "--storage.sync", "never"),
 )
+_NOT_HERE = ("Drain", "Configure")
+"""What would end the server, or change what the honest worker's pushes do, as it is meant to; `calls` has them."""
+
 _OTHER_METHODS = (
     Method(name="Check", request=METHODS[0].request, service="grpc.health.v1.Health"),
     Method(name="Watch", request=METHODS[0].request, service="grpc.health.v1.Health", streams_out=True),
@@ -222,7 +225,7 @@ class GrpcTarget(_SocketTarget):
     def __init__(self) -> None:
         super().__init__()
         self._channel = grpc.insecure_channel(self.server.address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._methods = (*METHODS, *_OTHER_METHODS)
+        self._methods = tuple(method for method in (*METHODS, *_OTHER_METHODS) if method.name not in _NOT_HERE)
         self._calls = 0
         self._name = b""
 
@@ -232,6 +235,7 @@ class GrpcTarget(_SocketTarget):
         seeds = [
             bytes([numbers[name], 0]) + framed([message.SerializeToString() for message in messages])
             for name, messages in conversations()
+            if name in numbers
         ]
         return [*seeds, *(bytes([numbers[method.name], 0]) + framed([b""]) for method in _OTHER_METHODS)]
 
