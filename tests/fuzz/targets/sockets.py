@@ -70,6 +70,7 @@ _FLAGS = (
         "--storage.sync",
         "never",
     ),
+    *("--storage.keep-snapshots", "1000000"),
 )
 _NOT_HERE = ("Drain", "Configure")
 """What would end the server, or change what the honest worker's pushes do, as it is meant to; `calls` has them."""
