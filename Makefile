@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+RAY := .venv-ray
 
-.PHONY: demo test lint unit format proto chaos soak clean \
+.PHONY: demo test test-ray lint unit format proto chaos fuzz soak clean \
 	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
 	bench-convergence bench-durability bench-memory bench-stability bench-real
 
@@ -20,8 +21,14 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
 
+# Two at a time, by default: most tests wait for other processes.
+PYTEST_PROCESSES ?= 2
 unit: $(VENV)/.dev
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(PYTEST_PROCESSES) --dist worksteal $(PYTEST_FLAGS)
+
+# Runs on a local Ray cluster of several nodes, which are killed; Ray gets an environment of its own.
+test-ray: $(RAY)/.ray
+	$(RAY)/bin/pytest tests/integration/test_ray.py $(PYTEST_FLAGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -34,6 +41,10 @@ proto: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	$(BIN)/python -m paceline_chaos --kills 200 --faults 500 --workers 12 \
 		--output benchmarks/results/chaos.json --report docs/reliability.md $(CHAOS_FLAGS)
+
+# A million inputs for everything that reads foreign bytes: no crash, no hang, no leak, no change of state.
+fuzz: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz --output benchmarks/results/fuzz.json $(FUZZ_FLAGS)
 
 bench-exchange: $(VENV)/.dev
 	$(BIN)/python benchmarks/exchange.py
@@ -83,6 +94,11 @@ bench-stability: $(VENV)/.dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(RAY)/.ray: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet -c constraints.txt -e '.[dev,ray]'
+	touch $@
 
 $(PEERS)/.peers: benchmarks/peers.py $(VENV)/.dev
 	$(BIN)/python benchmarks/peers.py --install --venv $(PEERS)

@@ -52,7 +52,7 @@ class Setting:
     downlink: str
     target: float
     raw_connections: int | None = TARGET_CONNECTIONS
-    warm_s: float = 25.0
+    warm_s: float = 75.0
     fragment_elements: int = 4_194_304
 
 
@@ -60,7 +60,7 @@ _FAST = LinkShape(rate_mbit=1000, delay_ms=50)
 _SLOW = LinkShape(rate_mbit=100, delay_ms=50)
 SETTINGS = {
     "1g-up": Setting(shape=_FAST, parameters=100_000_000, uplink="fp32", downlink="bf16", target=0.85),
-    "1g-down": Setting(shape=_FAST, parameters=100_000_000, uplink="int4", downlink="fp32", target=0.85, warm_s=80.0),
+    "1g-down": Setting(shape=_FAST, parameters=100_000_000, uplink="int4", downlink="fp32", target=0.85),
     "1g-both": Setting(shape=_FAST, parameters=100_000_000, uplink="int8", downlink="int8", target=0.85),
     "100m-up": Setting(shape=_SLOW, parameters=20_000_000, uplink="fp32", downlink="bf16", target=0.95),
     "100m-down": Setting(shape=_SLOW, parameters=20_000_000, uplink="int4", downlink="fp32", target=0.95),
@@ -71,7 +71,6 @@ SETTINGS = {
         downlink="int8",
         target=1.0,
         raw_connections=None,
-        warm_s=70.0,
         fragment_elements=131_072,
     ),
 }

@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", required=True, help="host:port of the server")
     parser.add_argument("--tls-ca", help="PEM file of the authority of the server's certificate; left out: no TLS")
+    parser.add_argument("--worker-id", help="this worker's name, the same after a restart; left out: a new one")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to train (default: 20)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # several workers may share this host
@@ -64,7 +65,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     criterion = nn.CrossEntropyLoss()
 
-    with paceline.join(args.address, model, optimizer, tls=args.tls_ca) as run:  # 2
+    with paceline.join(args.address, model, optimizer, tls=args.tls_ca, worker_id=args.worker_id) as run:  # 2
         print(f"worker {run.worker_index}: held-out loss {evaluate(model, held_out):.3f} nats per byte at the start")
         generator = torch.Generator().manual_seed(1 + run.worker_index)  # 3: every worker draws batches of its own
         until_s = time.monotonic() + args.seconds

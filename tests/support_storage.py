@@ -156,26 +156,24 @@ class PlayedShard:
         self.now_s = 0.0
         self._first = 1
         self._writer: SegmentWriter | None = None
-        self._append(Configured(config=kept_config(config)))
+        self.append(Configured(config=kept_config(config)))
 
     def initialize(self, seed: int = 1) -> None:
         """Give the shard parameters."""
         self.shard.take_manifest(MANIFEST, 7)
         shard = self.shard
-        self._append(
-            Initialized(manifest=MANIFEST, initialization_id=7, shard=shard.index, num_shards=shard.num_shards)
-        )
+        self.append(Initialized(manifest=MANIFEST, initialization_id=7, shard=shard.index, num_shards=shard.num_shards))
         exact = codecs.codec("fp32")
         for index, hosted in self.shard.fragments.items():
             values = normal(hosted.plan.num_elements, seed + index)
-            number = self._append(FragmentInitialized(fragment=index, payload=codecs.encode(exact, values)))
+            number = self.append(FragmentInitialized(fragment=index, payload=codecs.encode(exact, values)))
             self.shard.initialize_fragment(index, values)
             hosted.record = number
 
     def join(self, worker: str, incarnation: int = 1) -> None:
         """Make a worker active."""
         self.shard.membership.join(self.now_s, worker, incarnation)
-        self._append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state(self.now_s)))
+        self.append(MembershipChanged(time_s=self.now_s, membership=self.shard.membership.state(self.now_s)))
 
     def push(self, worker: str, seq: int, fragment: int, *, codec: str = "int4", seed: int = 0) -> None:
         """Let a push arrive, be kept, and be applied."""
@@ -186,7 +184,7 @@ class PlayedShard:
         norm = checked_norm(written, payload, hosted.plan.num_elements)
         request = PushRequest(worker=worker, incarnation=1, seq=seq, base_bin=hosted.ledger.issuing_bin)
         decision, ledger = self.shard.decide_push(self.now_s, fragment, request)
-        number = self._append(
+        number = self.append(
             Decided(
                 fragment=fragment,
                 time_s=self.now_s,
@@ -225,7 +223,8 @@ class PlayedShard:
             self._writer = SegmentWriter(self.directory.segment_path(self._first), self._first, Sync.COMMIT)
         return self._writer
 
-    def _append(self, record: Record) -> int:
+    def append(self, record: Record) -> int:
+        """Write any record; returns its number."""
         return self._open().append([record])[0]
 
 

@@ -18,7 +18,8 @@ import torch
 import uvloop
 
 import paceline
-from paceline.connection import OutgoingPush, ShardConnection
+from paceline.connection import ShardConnection
+from paceline.pushes import OutgoingPush
 from paceline.worker import ReceivedUpdate
 from paceline_chaos.gradients import AVERAGED, first_parameters, outer_gradient
 from paceline_chaos.testimony import Acknowledged, PushKey, Sent, acknowledged_line, sent_line
@@ -69,7 +70,7 @@ def record_pushes(record: Record) -> None:
     push_unrecorded = ShardConnection.push
 
     async def push(self: ShardConnection, push: OutgoingPush) -> ReceivedUpdate:
-        worker = self._worker
+        worker = self.membership.worker
         key = PushKey(worker.worker_id, worker.incarnation, push.fragment, push.seq)
         await asyncio.to_thread(record.about_to_send, key, push)
         update = await push_unrecorded(self, push)

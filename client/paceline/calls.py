@@ -63,11 +63,12 @@ async def describe(
     """
     request = pb.DescribeRequest(protocol_version=PROTOCOL_VERSION)
     description = await called(stub.Describe(request, timeout=timeout_s, metadata=access.metadata), target)
-    if description.protocol_version != PROTOCOL_VERSION:
-        older = "client" if description.protocol_version > PROTOCOL_VERSION else "server"
+    newest, oldest = description.protocol_version, description.oldest_protocol_version or description.protocol_version
+    if not oldest <= PROTOCOL_VERSION <= newest:
+        older = "client" if oldest > PROTOCOL_VERSION else "server"
+        spoken = f"versions {oldest} to {newest}" if oldest < newest else f"version {newest}"
         raise ProtocolVersionError(
-            f"{target} speaks protocol version {description.protocol_version} and this client version "
-            f"{PROTOCOL_VERSION}: upgrade the {older}"
+            f"{target} speaks protocol {spoken} and this client version {PROTOCOL_VERSION}: upgrade the {older}"
         )
     if not description.shards:
         raise InvalidInputError(f"{target} does not say where the run's shards are; is it still starting?")

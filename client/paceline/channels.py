@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ _TRANSIENT = {
 
 OK is among them for streams that should not have ended.
 """
+
+_INCARNATION = re.compile(r"[0-9]{1,20}")
 
 PING_S = 20
 """Seconds that a peer gets to answer a ping."""
@@ -165,7 +168,7 @@ def error_of_status(
     details = details or code.name
     if named == SupersededError.__name__:
         newest = str(told.get(NEWEST_INCARNATION_KEY, ""))
-        return SupersededError(details, int(newest) if newest.isdecimal() else None)
+        return SupersededError(details, int(newest) if _INCARNATION.fullmatch(newest) else None)
     if named in ERRORS_BY_NAME:
         return ERRORS_BY_NAME[str(named)](details)
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

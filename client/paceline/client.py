@@ -12,11 +12,12 @@ import torch
 from paceline.calls import REACH_S
 from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
-from paceline.connection import OutgoingPush
 from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
 from paceline.link_settings import LinkSettings
+from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
 from paceline.uplink import Uplink
+from paceline.whereabouts import Locate
 from paceline.worker import ReceivedUpdate
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
@@ -237,6 +238,7 @@ async def connect(
     reach_s: float = REACH_S,
     connections: int | str | None = None,
     max_uplink_mbit: float | None = None,
+    locate: Locate | None = None,
 ) -> AsyncIterator[Client]:
     """Connect to a run for as long as the context lasts.
 
@@ -248,6 +250,8 @@ async def connect(
         reach_s: Seconds to go on trying while the server cannot be reached.
         connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.
         max_uplink_mbit: Mbit/s that pushes may take, to all shards together; None: as the server says.
+        locate: Says where the run's shards are now, as "host:port" of each in order, for shards that move (see
+            `paceline.whereabouts.Locate`); None: they stay at the addresses at which they were found.
 
     Yields:
         The client.
@@ -264,7 +268,7 @@ async def connect(
             base = await client.exchange(outer_gradient, base)
     """
     link = LinkSettings(connections=connections, max_uplink_mbit=max_uplink_mbit)
-    session = await open_session(address, Access.of(tls, token), reach_s, link)
+    session = await open_session(address, Access.of(tls, token), reach_s, link, locate)
     try:
         if worker_id is not None:
             await session.join(new_worker(worker_id))

@@ -16,11 +16,16 @@ GAIN, LOSS = 1.10, 0.95
 """What twice as many connections must carry more to be kept; what half as many must still carry to do."""
 
 SAMPLE_S, SAMPLE_ROUND_TRIPS, LONGEST_SAMPLE_S = 1.0, 20, 4.0
-"""A measurement takes so long, in which bytes move: rates swing while windows grow. But a small call may have waited
-behind a long queue, and tell a round trip of seconds."""
+"""A measurement takes so long, in which bytes move, and then until its last round is whole: rates swing while windows
+grow, as at the beginning of each round. But a small call may have waited behind a long queue, and tell a round trip of
+seconds."""
 
 TRIAL_SAMPLES = 2
 """Measurements before a trial ends in favour of fewer connections: one may have met a busy moment."""
+
+MOST_GROWING = 5
+"""Measurements after a change that may be passed over while each shows more than the one before: the windows of TCP and
+of gRPC grow over several rounds."""
 
 RETRY_S, LONGEST_RETRY_S = 120.0, 3600.0
 """Seconds after which others are tried again: links change, but rarely. Doubled while nothing better is found."""
@@ -95,14 +100,18 @@ class ConnectionCount:
         self._retry_at_s: float | None = None
         self.round_trip_s: float | None = None
         self._began: _Sample | None = None
+        self._growing: list[float] = []
         self._is_warm = False
 
     def round_trip(self, took_s: float) -> None:
         """Note how long a small call took; the shortest counts, others waited behind pushes."""
         self.round_trip_s = took_s if self.round_trip_s is None else min(took_s, self.round_trip_s)
 
-    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool) -> int:
+    def observe(self, now: float, num_bytes: int, active_s: float, *, in_effect: bool, round_ended: bool) -> int:
         """Look at the totals of a `Meter`, and decide.
+
+        A measurement begins and ends with whole rounds. One that began in the midst of a round, where windows are
+        large, would show more than any later one, and the search would end too early.
 
         Args:
             now: The time.
@@ -110,29 +119,35 @@ class ConnectionCount:
             active_s: Seconds in which any were under way.
             in_effect: Whether all that is under way was sent with as many connections as `count` says. Answers come
                 over the connection of their push, so after a change those of a whole round may say nothing of it.
+            round_ended: Whether the answer that came just now was the last of a round (`WholeRounds`).
 
         Returns:
             `count`.
         """
         if not in_effect:
-            self._began, self._is_warm = None, False
+            self._began, self._growing, self._is_warm = None, [], False
             return self.count
-        if self._is_fixed or self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
+        if self._is_fixed or not round_ended:
             return self.count
         if self._began is None:
             self._began = _Sample(num_bytes, active_s)
+            return self.count
+        if self.round_trip_s is None or self.round_trip_s < SHORTEST_ROUND_TRIP_S:
             return self.count
         took_s = active_s - self._began.active_s
         if took_s < min(max(SAMPLE_S, SAMPLE_ROUND_TRIPS * self.round_trip_s), LONGEST_SAMPLE_S):
             return self.count
         rate = (num_bytes - self._began.num_bytes) / took_s
         self._began = _Sample(num_bytes, active_s)
-        # The first measurement after a change has windows that still grow, or bytes of the time before.
+        self._is_warm = self._is_warm or self._has_grown(rate)
         if self._is_warm:
             self._decide(now, rate)
-        else:
-            self._is_warm = True
         return self.count
+
+    def _has_grown(self, rate: float) -> bool:
+        """Whether the measurements since a change show no more growth; the first may have bytes of the time before."""
+        self._growing.append(rate)
+        return len(self._growing) > MOST_GROWING or (len(self._growing) > 1 and rate < GAIN * self._growing[-2])
 
     def _decide(self, now: float, rate: float) -> None:
         if self.count == self._settled:
@@ -170,6 +185,7 @@ class ConnectionCount:
         self._change(self._settled)
 
     def _change(self, count: int) -> None:
-        self._is_warm = self._is_warm and count == self.count
+        if count != self.count:
+            self._growing, self._is_warm = [], False
         self._tried = []
         self.count = count

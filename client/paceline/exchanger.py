@@ -18,12 +18,13 @@ import torch
 
 from paceline.channels import Access
 from paceline.codec_threads import in_codec_thread
-from paceline.connection import OutgoingPush
 from paceline.fragments import manifest_of
 from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
 from paceline.loop import exchange_loop
+from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
+from paceline.whereabouts import Locate
 from paceline.worker import EndedRound, Overlap, ReceivedUpdate, Worker, WorkerSettings
 from paceline.worker_state import SavedFragment, SavedPush, SavedWorker, staleness
 from paceline_wire import codecs
@@ -67,6 +68,7 @@ class ExchangeSettings:
         uplink: Name of the codec of pushes.
         downlink: Name of the codec of updates.
         link: How it uses its link.
+        locate: Says where the shards are now; None: they stay where they are.
     """
 
     worker_id: str
@@ -75,6 +77,7 @@ class ExchangeSettings:
     uplink: str | None
     downlink: str | None
     link: LinkSettings
+    locate: Locate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,8 @@ class Exchanger:
         self._loop = exchange_loop()
         self._session: Session | None = None
         try:
-            session = self._wait_for(open_session(address, settings.access, link=settings.link))
+            opening = open_session(address, settings.access, link=settings.link, locate=settings.locate)
+            session = self._wait_for(opening)
             self._session = session
             exchange = session.configuration.exchange
             self._uplink = codecs.codec(settings.uplink) if settings.uplink else codecs.codec_of_wire(exchange.uplink)
@@ -131,7 +135,7 @@ class Exchanger:
         self._wait_for(session.initialize(manifest, tensors))
         self._wait_for(session.join(new_worker(self._settings.worker_id)))
         first = session.connections[0]
-        self.worker_index = first.worker_index
+        self.worker_index = first.membership.worker_index
         settings = WorkerSettings(
             configuration=session.configuration, overlap=self._settings.overlap, uplink=self._uplink
         )
@@ -144,8 +148,8 @@ class Exchanger:
             manifest,
             tensors,
             self._wait_for(session.fetch_all(codecs.whole_codec(self._downlink))),
-            inner_steps=first.inner_steps,
-            num_workers=session.configuration.schedule.quota or first.active_workers,
+            inner_steps=first.membership.inner_steps,
+            num_workers=session.configuration.schedule.quota or first.membership.active_workers,
         )
         self._wait_for(self._begin_exchange(session))
         return worker

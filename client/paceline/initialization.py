@@ -38,8 +38,8 @@ class Initialization:
     """One caller's part in giving a run its first parameters.
 
     Args:
-        targets: "host:port" of every shard, in order.
-        channels: Channels to them.
+        targets: "host:port" of every shard, in order; the session's own list, which follows shards that move.
+        channels: Channels to them; the session's own list, too.
         access: TLS and token.
         manifest: What the caller exchanges.
         tensors: The caller's parameters by name.
@@ -55,7 +55,6 @@ class Initialization:
     ) -> None:
         self._targets = targets
         self._channels = channels
-        self._stubs = [pb_grpc.ParameterServerServiceStub(channel) for channel in channels]
         self._access = access
         self._manifest = manifest
         self._tensors = tensors
@@ -101,7 +100,10 @@ class Initialization:
         return None
 
     async def _described(self, shard: int) -> pb.DescribeResponse:
-        return await persistently(lambda: describe(self._stubs[shard], self._access, self._targets[shard]))
+        return await persistently(lambda: describe(self._stub(shard), self._access, self._targets[shard]))
+
+    def _stub(self, shard: int) -> "pb_grpc.ParameterServerServiceAsyncStub":
+        return pb_grpc.ParameterServerServiceStub(self._channels[shard])
 
     async def _completed(self, shard: int, initialization_id: int) -> bool:
         """Wait until a shard has an upload's parameters; False if nobody seems to bring them.

@@ -20,6 +20,7 @@ from paceline.exchanger import Exchanger, ExchangeSettings
 from paceline.fragments import exchanged
 from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
+from paceline.whereabouts import Locate
 from paceline.worker import Overlap, StepTime
 from paceline.worker_state import SavedWorker
 from paceline_wire.errors import InvalidInputError
@@ -269,6 +270,7 @@ def join(
     overlap: str = "eager",
     connections: int | str | None = None,
     max_uplink_mbit: float | None = None,
+    locate: Locate | None = None,
 ) -> Run:
     """Join a run with a model and the optimizer that trains it.
 
@@ -291,6 +293,8 @@ def join(
             work shows when its answer comes; "blocking": wait for every answer.
         connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.
         max_uplink_mbit: Mbit/s that pushes may take, to all shards together; None: as the server says.
+        locate: Says where the run's shards are now, as "host:port" of each in order, for shards that move (see
+            `paceline.whereabouts.Locate`); None: they stay at the addresses at which they were found.
 
     Returns:
         The run, a context manager.
@@ -320,6 +324,7 @@ def join(
         uplink=uplink,
         downlink=downlink,
         link=LinkSettings(connections=connections, max_uplink_mbit=max_uplink_mbit),
+        locate=locate,
     )
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     persistent = model.state_dict(keep_vars=True).keys()

@@ -15,6 +15,7 @@ from paceline.connection import ShardConnection
 from paceline.discovery import find_run
 from paceline.initialization import Initialization
 from paceline.link_settings import LinkSettings
+from paceline.whereabouts import Locate, moves
 from paceline.worker_state import Progress
 from paceline_wire import bulk, codecs
 from paceline_wire.codecs.base import Codec
@@ -49,10 +50,16 @@ class Session:
         description: What the run's shard of index 0 said.
         targets: "host:port" of every shard, in order.
         link: How this worker wants to use its link.
+        locate: Says where the shards are now; None: they stay where they are.
     """
 
     def __init__(
-        self, access: Access, description: pb.DescribeResponse, targets: list[str], link: LinkSettings
+        self,
+        access: Access,
+        description: pb.DescribeResponse,
+        targets: list[str],
+        link: LinkSettings,
+        locate: Locate | None = None,
     ) -> None:
         self.configuration = description.configuration
         self.fragment_elements = int(description.fragment_elements)
@@ -66,6 +73,8 @@ class Session:
         self._pace = link.pace(self.configuration.exchange)
         self._channels = [access.channel(target) for target in targets]
         self._stubs = [pb_grpc.ParameterServerServiceStub(channel) for channel in self._channels]
+        self._left: list[grpc.aio.Channel] = []
+        self._following = asyncio.create_task(self._follow(locate)) if locate is not None else None
 
     async def join(self, worker: pb.Worker) -> None:
         """Become a member on every shard.
@@ -120,6 +129,7 @@ class Session:
                     manifest,
                     downlink,
                     momentum_follows=exchange.own_weight == "predicted",
+                    num_fragments=num_fragments,
                     connection_count=self._link.connection_count(exchange, num_fragments),
                 )
 
@@ -132,7 +142,7 @@ class Session:
             uplink: How pushes are written.
         """
         for connection in self.connections:
-            connection.inner_step_s = inner_step_s
+            connection.membership.inner_step_s = inner_step_s
         if self.configuration.exchange.spread:
             sizes = (uplink.encoded_bytes(fragment.num_elements) for fragment in self.require_manifest().fragments)
             self._pace.spread(sum(sizes), inner_steps * inner_step_s)
@@ -223,8 +233,23 @@ class Session:
 
     async def close(self) -> None:
         """Leave the run, if joined, and end the connections. Closing twice is not an error."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         await asyncio.gather(*(connection.close() for connection in self.connections))
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        await asyncio.gather(*(channel.close() for channel in (*self._channels, *self._left)))
+
+    async def _follow(self, locate: Locate) -> None:
+        """Go after shards that move."""
+        async for shard, target in moves(locate, self.targets):
+            _log.info("shard %d is at %s now, no longer at %s", shard, target, self.targets[shard])
+            self.targets[shard] = target
+            # Calls on the channel that is left fail by themselves; closed under them, it would cancel their callers.
+            self._left.append(self._channels[shard])
+            self._channels[shard] = self._access.channel(target)
+            self._stubs[shard] = pb_grpc.ParameterServerServiceStub(self._channels[shard])
+            if self.connections:
+                self.connections[shard].move(target)
 
     async def _status(self, shard: int) -> admin_pb2.StatusResponse:
         stub = admin_pb2_grpc.AdminServiceStub(self._channels[shard])
@@ -234,7 +259,11 @@ class Session:
 
 
 async def open_session(
-    address: str, access: Access, reach_s: float = REACH_S, link: LinkSettings | None = None
+    address: str,
+    access: Access,
+    reach_s: float = REACH_S,
+    link: LinkSettings | None = None,
+    locate: Locate | None = None,
 ) -> Session:
     """Find a run from any one of its shards.
 
@@ -243,6 +272,7 @@ async def open_session(
         access: TLS and token.
         reach_s: Seconds to go on trying while the shard cannot be reached.
         link: How this worker wants to use its link; None: as the server says.
+        locate: Says where the shards are now, see `Locate`; None: where the shard at the address says, for good.
 
     Raises:
         UnavailableError: The shard could not be reached in that time.
@@ -250,7 +280,7 @@ async def open_session(
     """
     keep_large_buffers()
     description, targets = await find_run(address, access, reach_s)
-    return Session(access, description, targets, link or LinkSettings())
+    return Session(access, description, targets, link or LinkSettings(), locate)
 
 
 def new_worker(worker_id: str) -> pb.Worker:

@@ -67,10 +67,16 @@ class Stripe:
         if dropped is not None and not dropped.cancel() and not dropped.cancelled():
             dropped.exception()  # seen, should another part have ended the stream before it
 
-    def replace_channel(self) -> bool:
+    def move(self, target: str) -> None:
+        """Go on over a connection to another address of the same shard."""
+        self._target = target
+        self.replace_channel("the shard has moved")
+
+    def replace_channel(
+        self, reason: str = "heartbeats were not answered, and nothing came or went: the connection is replaced"
+    ) -> bool:
         """Go on over a new TCP connection; returns whether there was a stream, which is dropped and resumed there."""
         self._open_channel()
-        reason = "heartbeats were not answered, and nothing came or went: the connection is replaced"
         if self._dropped is not None and not self._dropped.done():
             self._dropped.set_exception(UnavailableError(reason))
             return True

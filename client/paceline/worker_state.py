@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from paceline_wire import codecs
+from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import InvalidInputError
 from paceline_wire.manifest import Manifest
 
@@ -18,6 +20,8 @@ _Kind = TypeVar("_Kind")
 
 FORMAT = 1
 """Grows when the dict changes, so that a later version can tell what it reads."""
+
+_LARGEST_NUMBER = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,13 +116,13 @@ class SavedWorker:
             )
         return cls(
             worker_id=_taken(state, "worker_id", str),
-            incarnation=_taken(state, "incarnation", int),
+            incarnation=_number(state, "incarnation"),
             manifest=_taken(state, "manifest", str),
-            initialization_id=_taken(state, "initialization_id", int),
+            initialization_id=_number(state, "initialization_id"),
             uplink=_taken(state, "uplink", str),
-            round=_taken(state, "round", int),
-            steps_in_round=_taken(state, "steps_in_round", int),
-            tokens=_taken_if_any(state, "tokens", int),
+            round=_number(state, "round"),
+            steps_in_round=_number(state, "steps_in_round"),
+            tokens=_number_if_any(state, "tokens"),
             fragments=[_fragment(each) for each in _taken(state, "fragments", list)],
         )
 
@@ -140,6 +144,8 @@ class SavedWorker:
                 "the saved state is of another model: its tensors or their cut are not this run's; "
                 "leave it out to begin with the run's parameters"
             )
+        for fragment, num_elements in zip(self.fragments, sizes, strict=True):
+            _require_sizes(fragment, num_elements, codecs.codec(self.uplink))
         if self.initialization_id != initialization_id:
             raise InvalidInputError(
                 f"the saved state is of another run (initialization {self.initialization_id:x}), and this one began "
@@ -176,11 +182,27 @@ def staleness(saved: SavedWorker, progress: Sequence[Progress]) -> str | None:
     return None
 
 
+def _require_sizes(fragment: SavedFragment, num_elements: int, uplink: Codec) -> None:
+    """Refuse vectors and payloads that would break an exchange later, in the middle of training."""
+    sizes = (num_elements, 2 * num_elements)
+    per_push = [(push.residual, push.expected) for push in fragment.pushes]
+    residuals = [fragment.residual, *(residual for residual, _ in per_push)]
+    others = [fragment.velocity, *(expected for _, expected in per_push)]
+    fits = all(vector is None or vector.numel() in sizes for vector in residuals)
+    fits = fits and all(vector is None or vector.numel() == num_elements for vector in others)
+    payload_sizes = {uplink.encoded_bytes(size) for size in sizes}
+    if not fits or any(push.payload.numel() not in payload_sizes for push in fragment.pushes):
+        raise InvalidInputError(
+            "the saved state does not fit together: what it keeps for its pushes is not of the fragments' sizes; "
+            "leave it out to begin with the run's parameters"
+        )
+
+
 def _fragment(state: Any) -> SavedFragment:
     return SavedFragment(
         start=_vector(state, "start"),
         values=_vector(state, "values"),
-        seq=_taken(state, "seq", int),
+        seq=_number(state, "seq"),
         residual=_vector_if_any(state, "residual"),
         velocity=_vector_if_any(state, "velocity"),
         pushes=[_push(each) for each in _taken(state, "pushes", list)],
@@ -189,9 +211,9 @@ def _fragment(state: Any) -> SavedFragment:
 
 def _push(state: Any) -> SavedPush:
     return SavedPush(
-        seq=_taken(state, "seq", int),
-        base_bin=_taken(state, "base_bin", int),
-        tokens=_taken_if_any(state, "tokens", int),
+        seq=_number(state, "seq"),
+        base_bin=_number(state, "base_bin"),
+        tokens=_number_if_any(state, "tokens"),
         payload=_vector(state, "payload", torch.uint8),
         residual=_vector_if_any(state, "residual"),
         expected=_vector_if_any(state, "expected"),
@@ -207,8 +229,16 @@ def _taken(state: Any, key: str, kind: type[_Kind]) -> _Kind:
     return value
 
 
-def _taken_if_any(state: Any, key: str, kind: type[_Kind]) -> _Kind | None:
-    return None if isinstance(state, Mapping) and state.get(key) is None else _taken(state, key, kind)
+def _number(state: Any, key: str) -> int:
+    """A count, as the protocol's messages carry it."""
+    number = _taken(state, key, int)
+    if not 0 <= number <= _LARGEST_NUMBER:
+        raise InvalidInputError(f"the saved state's {key} is {number}; it must be from 0 to {_LARGEST_NUMBER}")
+    return number
+
+
+def _number_if_any(state: Any, key: str) -> int | None:
+    return None if isinstance(state, Mapping) and state.get(key) is None else _number(state, key)
 
 
 def _vector(state: Any, key: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,7 +10,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -90,8 +91,12 @@ def method(channel: grpc.aio.Channel, name: str) -> Any:
     )
 
 
-def handlers(servicer: Any) -> grpc.GenericRpcHandler:
-    """The service's methods for a server: those of a servicer, with bulk messages where messages have payload bytes."""
+def handlers(servicer: Any, service: ServiceDescriptor = _SERVICE) -> grpc.GenericRpcHandler:
+    """A service's methods for a server: those of a servicer, with bulk messages where messages have payload bytes.
+
+    A single request that cannot be read comes to the servicer as the DecodeError that says so: were it raised here,
+    gRPC would call it an accident of the server, and write a traceback for each. In a stream of requests it is raised.
+    """
     makers = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -99,14 +104,25 @@ def handlers(servicer: Any) -> grpc.GenericRpcHandler:
         (True, True): grpc.stream_stream_rpc_method_handler,
     }
     by_name: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-    for name, described in _SERVICE.methods_by_name.items():
+    for name, described in service.methods_by_name.items():
         make: Any = makers[described.client_streaming, described.server_streaming]
+        read = _deserializer(GetMessageClass(described.input_type))
         by_name[name] = make(
             getattr(servicer, name),
-            request_deserializer=_deserializer(GetMessageClass(described.input_type)),
+            request_deserializer=read if described.client_streaming else _read_or_error(read),
             response_serializer=_serializer(GetMessageClass(described.output_type)),
         )
-    return grpc.method_handlers_generic_handler(_SERVICE.full_name, by_name)
+    return grpc.method_handlers_generic_handler(service.full_name, by_name)
+
+
+def _read_or_error(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def read_or_error(message: bytes) -> Any:
+        try:
+            return read(message)
+        except DecodeError as error:
+            return error
+
+    return read_or_error
 
 
 def _serializer(message_type: type[Message]) -> Callable[[Any], bytes]:
@@ -120,7 +136,8 @@ def _deserializer(message_type: type[Message]) -> Callable[[bytes], Any]:
 
 
 def _has_data(message_type: type[Message]) -> bool:
-    return DATA_FIELD in message_type.DESCRIPTOR.fields_by_number
+    field = message_type.DESCRIPTOR.fields_by_number.get(DATA_FIELD)
+    return field is not None and field.name == "data"
 
 
 def _parsed(head_type: type[Head], message: bytes) -> Bulk[Head]:

@@ -23,7 +23,9 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 DEFAULT_FRAGMENT_ELEMENTS = 4 * 1024 * 1024
 MAX_FRAGMENT_ELEMENTS = 16 * 1024 * 1024
 MAX_TENSORS = 1_000_000
-MAX_FRAGMENTS = 1_000_000
+MAX_FRAGMENTS = 1 << 17
+"""A plan of so many takes a shard half a second and 170 MiB; a hostile manifest of one line can ask for that."""
+
 MAX_ELEMENTS = 1 << 44
 MAX_NAME_BYTES = 1024
 MAX_DIMENSIONS = 64
@@ -175,7 +177,13 @@ class Manifest:
         return tuple(fragments)
 
     def fragments_of_shard(self, shard: int, num_shards: int) -> tuple[Fragment, ...]:
-        """The fragments that live on one of num_shards shards."""
+        """The fragments that live on one of num_shards shards.
+
+        Raises:
+            InvalidInputError: There is no such shard.
+        """
+        if not 0 <= shard < num_shards:
+            raise InvalidInputError(f"there is no shard {shard} among {num_shards}")
         return self.fragments[shard::num_shards]
 
     @cached_property

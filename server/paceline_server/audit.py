@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 _log = logging.getLogger(__name__)
 
 MOST_ENTRIES = 1000
@@ -52,6 +54,9 @@ class AuditEntry:
     def time_us(self) -> int:
         """Microseconds since 1970."""
         return round(datetime.fromisoformat(self.time).timestamp() * 1e6)
+
+
+_ENTRY = TypeAdapter(AuditEntry)
 
 
 def utc_now() -> str:
@@ -120,7 +125,20 @@ def _read(path: Path) -> list[AuditEntry]:
     entries = []
     for line in lines[-MOST_ENTRIES:]:
         try:
-            entries.append(AuditEntry(**json.loads(line)))
-        except (ValueError, TypeError):  # a damaged line hides no other
+            entries.append(_entry(line))
+        except (ValueError, OverflowError):  # a damaged line hides no other
             _log.warning("a line of the audit log %s cannot be read", path)
     return entries
+
+
+def _entry(line: bytes) -> AuditEntry:
+    """The entry in a line, as far as it can be sent on.
+
+    Raises:
+        ValueError: It is none.
+        OverflowError: Its time is none.
+    """
+    entry = _ENTRY.validate_json(line)
+    if entry.time_us < 0:
+        raise ValueError(f"{entry.time} is before 1970")
+    return entry

@@ -16,6 +16,7 @@ import uvloop
 from paceline_server.config import ServerConfig
 from paceline_server.options import server_config_options
 from paceline_server.processes import ShardProcesses
+from paceline_server.readiness import tell_ready
 
 LOOK_EVERY_S = 0.2
 """Seconds between looks at whether every shard's process is still there."""
@@ -30,9 +31,10 @@ ENDED_BY_ITSELF = 70
 def serve(config: ServerConfig, as_json: bool) -> None:
     """Serve one run until SIGTERM or Ctrl-C.
 
-    With --shards N, N processes listen on N ports in a row; clients find them all from any one.
+    With --shards N, N processes listen on N ports in a row; clients find them all from any one. With --shard-addresses
+    and --shard-index this is one shard of several, each started on its own.
     """
-    if config.shards == 1:
+    if len(config.shard_indexes) == 1:
         sys.exit(uvloop.run(_serve_here(config, as_json)))
     else:
         sys.exit(_serve_in_processes(config, as_json))
@@ -43,10 +45,11 @@ async def _serve_here(config: ServerConfig, as_json: bool) -> int:
     from paceline_server.shard_process import recovery_report, shard_addresses, stop_signal
 
     stopping = stop_signal()
-    server = ShardServer(config, index=0)
+    server = ShardServer(config, config.shard_indexes[0])
     port = server.bind()
     await server.start(shard_addresses(config, [port]))
     _announce(config, [port], [recovery_report(server.recovered)], as_json)
+    tell_ready()
     return await server.run_until(stopping)
 
 
@@ -58,6 +61,7 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
     shards = ShardProcesses(config)
     shards.start()
     _announce(config, shards.ports, shards.recoveries, as_json)
+    tell_ready()
     while not stopping.wait(LOOK_EVERY_S) and not shards.failed() and not shards.drained():
         continue
     ended = shards.failed()
@@ -72,23 +76,33 @@ def _serve_in_processes(config: ServerConfig, as_json: bool) -> int:
 def _announce(config: ServerConfig, ports: list[int], recoveries: list[dict[str, Any]], as_json: bool) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     addresses = [f"{host}:{port}" for port in ports]
+    shards = [*config.shard_addresses] or addresses
+    by_shard = list(zip(config.shard_indexes, recoveries, strict=True))
     durable = config.storage.data_dir is not None
     if as_json:
-        listening = {"event": "listening", "address": addresses[0], "shards": addresses, "durable": durable}
-        recovered = [{"shard": shard, **recovery} for shard, recovery in enumerate(recoveries) if recovery]
+        listening = {"event": "listening", "address": addresses[0], "shards": shards, "durable": durable}
+        recovered = [{"shard": shard, **recovery} for shard, recovery in by_shard if recovery]
         click.echo(json.dumps({**listening, "recovered": recovered} if durable else listening))
         return
     if durable:
         click.echo(f"serving on {', '.join(addresses)}; the state is kept in {config.storage.data_dir}")
     else:
         click.echo(f"serving on {', '.join(addresses)}; the state is held in memory and ends with this process")
-    for shard, recovery in enumerate(recoveries):
+    for shard, recovery in by_shard:
         _announce_recovery(shard, recovery)
-    reachable = f"{socket.gethostname()}:{ports[0]}" if config.host in ("0.0.0.0", "::") else addresses[0]  # noqa: S104
-    arguments = [repr(reachable), "model", "optimizer"]
+    arguments = [repr(_reachable(config, addresses[0])), "model", "optimizer"]
     arguments += ["token=..."] if config.security.accepted_tokens() else []
     arguments += ["tls=..."] if config.security.tls_cert else []
     click.echo(f"workers join with: paceline.join({', '.join(arguments)})")
+
+
+def _reachable(config: ServerConfig, address: str) -> str:
+    """Where workers probably reach this server."""
+    if config.shard_index is not None:
+        return config.shard_addresses[config.shard_index]
+    if config.host in ("0.0.0.0", "::"):  # noqa: S104
+        return f"{socket.gethostname()}:{address.rpartition(':')[2]}"
+    return address
 
 
 def _announce_recovery(shard: int, recovery: dict[str, Any]) -> None:

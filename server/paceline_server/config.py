@@ -237,11 +237,23 @@ class ServerConfig(Section):
         default="127.0.0.1:7070",
         description="host:port to listen on, such as 0.0.0.0:7070 or [::1]:7070; port 0 takes any free one.",
     )
+    shard_addresses: tuple[str, ...] = Field(
+        default=(),
+        description="For shards that are started one by one, on hosts of their own: host:port of each, in order, as "
+        "clients reach it. The same for all shards of a run. Left out: all shards run on this host.",
+    )
+    shard_index: int | None = Field(
+        default=None,
+        validate_default=True,
+        ge=0,
+        description="Which of shard_addresses this one is, from 0 on; needed with them.",
+    )
     shards: int = Field(
         default=1,
+        validate_default=True,
         ge=1,
         description="Server processes among which the fragments are divided; each listens one port above the one "
-        "before.",
+        "before. With shard_addresses it is their number, and need not be said.",
     )
     advertise_host: str = Field(
         default="",
@@ -260,9 +272,43 @@ class ServerConfig(Section):
         split_address(listen)
         return listen
 
+    @field_validator("shard_addresses")
+    @classmethod
+    def _shards_are_elsewhere(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            if split_address(address)[1] == 0:
+                raise ValueError(f"should name the ports that clients reach, not the 0 of '{address}'")
+            if addresses.count(address) > 1:
+                raise ValueError(f"should name each shard once, not '{address}' twice")
+        return addresses
+
+    @field_validator("shard_index")
+    @classmethod
+    def _index_is_one_of_the_addresses(cls, index: int | None, info: ValidationInfo) -> int | None:
+        if "shard_addresses" not in info.data:
+            return index
+        addresses = info.data["shard_addresses"]
+        if addresses and index is None:
+            raise ValueError(f"is needed with shard_addresses: which of the {len(addresses)} this one is, from 0 on")
+        if index is not None and not addresses:
+            raise ValueError("needs shard_addresses: where clients reach each of the shards, this one among them")
+        if index is not None and index >= len(addresses):
+            raise ValueError(f"should be less than {len(addresses)}, the number of shard_addresses")
+        return index
+
+    @field_validator("shards")
+    @classmethod
+    def _shards_are_as_many_as_addresses(cls, shards: int, info: ValidationInfo) -> int:
+        addresses = info.data.get("shard_addresses", ())
+        if addresses and shards not in (1, len(addresses)):
+            raise ValueError(f"should be left out, or {len(addresses)}, the number of shard_addresses")
+        return len(addresses) or shards
+
     @field_validator("shards")
     @classmethod
     def _shards_have_ports(cls, shards: int, info: ValidationInfo) -> int:
+        if info.data.get("shard_addresses"):
+            return shards
         port = split_address(info.data["listen"])[1] if "listen" in info.data else 0
         if port and port + shards - 1 > MAX_PORT:
             raise ValueError(f"should leave a port for each shard: there are {MAX_PORT - port + 1} from {port} on")
@@ -270,7 +316,9 @@ class ServerConfig(Section):
 
     @field_validator("advertise_host")
     @classmethod
-    def _advertised_host_is_a_host(cls, host: str) -> str:
+    def _advertised_host_is_a_host(cls, host: str, info: ValidationInfo) -> str:
+        if host and info.data.get("shard_addresses"):
+            raise ValueError("should be left out: shard_addresses name the hosts that clients are told")
         if host:
             check_host(host)
         return host
@@ -306,6 +354,15 @@ class ServerConfig(Section):
     def port(self) -> int:
         """The TCP port to listen on; 0: any free one."""
         return split_address(self.listen)[1]
+
+    @property
+    def shard_indexes(self) -> tuple[int, ...]:
+        """The shards that are served here: all of them, or the one that shard_index names."""
+        return tuple(range(self.shards)) if self.shard_index is None else (self.shard_index,)
+
+    def port_of(self, index: int) -> int:
+        """The TCP port on which a shard listens, if it is served here; 0: any free one."""
+        return self.port + self.shard_indexes.index(index) if self.port else 0
 
     @property
     def look_ahead(self) -> bool:

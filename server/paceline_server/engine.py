@@ -122,6 +122,20 @@ class Engine:
         """Held during an upload of first parameters, so that uploads do not mix."""
         return self._initializing
 
+    async def read_manifest(self, message: pb.Manifest) -> Manifest:
+        """Read a manifest and plan its fragments, beside the event loop: it may have a million tensors.
+
+        Raises:
+            InvalidInputError: It breaks a rule of manifests.
+        """
+
+        def read() -> Manifest:
+            manifest = Manifest.from_wire(message)
+            _ = manifest.fragments  # kept with the manifest, for whoever asks for them on the loop
+            return manifest
+
+        return await self._in_thread(read)
+
     async def begin_initialization(
         self, manifest: Manifest, initialization_id: int, replaces: int | None = None
     ) -> bool:

@@ -133,8 +133,10 @@ def changed_by_operator(config: ServerConfig, values: Mapping[str, Value], *, lo
         raise InvalidInputError(str(error).replace(" (given mapping)", "")) from error
 
 
+_OF_THE_HOST = {"listen", "advertise_host", "shard_addresses", "shard_index", "storage", "security"}
+"""Parts of the configuration that say where and for whom a shard is, not what the run is."""
+
+
 def shaping(config: ServerConfig) -> dict[str, Any]:
-    """The part of a configuration that shapes a run, as JSON has it: without addresses, local paths and secrets."""
-    return config.model_dump(
-        mode="json", exclude_none=True, exclude={"listen", "advertise_host", "storage", "security"}
-    )
+    """The part of a configuration that shapes a run, as JSON has it."""
+    return config.model_dump(mode="json", exclude_none=True, exclude=_OF_THE_HOST)

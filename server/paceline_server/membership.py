@@ -24,6 +24,9 @@ from paceline_wire.errors import InvalidInputError, NotAMemberError, PacelineErr
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+LONGEST_STEP_S = 7 * 24 * 3600.0
+"""A week. Nobody's inner step takes longer, and what a status says of it must fit into its field."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -211,10 +214,13 @@ class Membership:
         """Note the mean seconds of an active worker's recent inner steps.
 
         Raises:
-            InvalidInputError: The duration is not a positive number.
+            InvalidInputError: The duration is not a positive number, or longer than a week.
         """
-        if not (math.isfinite(inner_step_s) and inner_step_s > 0):
-            raise InvalidInputError(f"worker {worker!r} reports inner steps of {inner_step_s} s; it must be positive")
+        if not 0 < inner_step_s <= LONGEST_STEP_S:
+            raise InvalidInputError(
+                f"worker {worker!r} reports inner steps of {inner_step_s} s; it must be positive, and "
+                f"{LONGEST_STEP_S:g} at most"
+            )
         self._members[worker] = replace(self._members[worker], inner_step_s=inner_step_s)
 
     def leave(self, now: float, worker: str, incarnation: int) -> str:

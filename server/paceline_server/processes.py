@@ -17,7 +17,7 @@ STOP_S = 15.0
 
 
 class ShardProcesses:
-    """The processes of all shards of a run on this host.
+    """The processes of the shards of a run that are served on this host.
 
     Args:
         config: The run's configuration.
@@ -39,10 +39,10 @@ class ShardProcesses:
         """
         try:
             mapping = config_to_mapping(self._config)
-            for index in range(self._config.shards):
+            for index in self._config.shard_indexes:
                 self.processes.append(_started())
                 level = logging.getLogger("paceline_server").getEffectiveLevel()
-                _tell(self.processes[index], {"config": mapping, "index": index, "log_level": level})
+                _tell(self.processes[-1], {"config": mapping, "index": index, "log_level": level})
             self.ports = [int(_next_line(process)["port"]) for process in self.processes]
             for process in self.processes:
                 _tell(process, {"ports": self.ports})
@@ -53,7 +53,8 @@ class ShardProcesses:
 
     def failed(self) -> list[int]:
         """Indexes of the shards whose processes have ended by themselves."""
-        return [index for index, process in enumerate(self.processes) if process.poll() not in (None, 0)]
+        served = zip(self._config.shard_indexes, self.processes, strict=True)
+        return [index for index, process in served if process.poll() not in (None, 0)]
 
     def drained(self) -> bool:
         """Whether all have ended because an operator drained them; one that is drained waits for the others."""

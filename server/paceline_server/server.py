@@ -17,6 +17,7 @@ from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
 from paceline_server.config import ServerConfig
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
+from paceline_server.grpc_log import leave_out_unreadable_messages
 from paceline_server.held import Holdings
 from paceline_server.operations import Operations
 from paceline_server.service import ParameterServerService
@@ -30,7 +31,7 @@ from paceline_wire import bulk
 from paceline_wire.errors import ConfigurationError
 from paceline_wire.limits import MAX_MESSAGE_BYTES
 from paceline_wire.memory import keep_large_buffers
-from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
+from paceline_wire.v1 import admin_pb2
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ FAILED = 74
 
 DRAIN_S = 10.0
 """Seconds that streams get to finish what they hold before the process ends."""
+
+_BIND_ATTEMPTS, _BIND_PAUSE_S = 50, 0.1
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -70,6 +73,7 @@ class ShardServer:
 
     def __init__(self, config: ServerConfig, index: int) -> None:
         keep_large_buffers()
+        leave_out_unreadable_messages()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
         self._index = index
@@ -101,13 +105,11 @@ class ShardServer:
             stop_serving=self._stop_serving,
             end=self._drained.set,
         )
-        tokens = config.security.accepted_tokens()
-        self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(tokens)] if tokens else [], options=list(_CHANNEL_OPTIONS)
-        )
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
-        self._register()
+        self._stopping = False
+        self._port = config.port_of(index)
+        self._server = self._built()
 
     @property
     def recovered(self) -> Recovered | None:
@@ -122,17 +124,19 @@ class ShardServer:
         """
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
-        address = f"{host}:{config.port + self._index if config.port else 0}"
+        address = f"{host}:{self._port}"
         credentials = server_credentials(config.security)
         try:
             if credentials is None:
-                return self._server.add_insecure_port(address)
-            return self._server.add_secure_port(address, credentials)
+                self._port = self._server.add_insecure_port(address)
+            else:
+                self._port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigurationError(
                 f"cannot listen on {address}: the port is taken, the address is not this machine's, "
                 "or the TLS files do not fit together"
             ) from error
+        return self._port
 
     async def start(self, shards: list[pb.Shard]) -> None:
         """Serve; shards are the addresses of all shards of the run, in order.
@@ -143,13 +147,20 @@ class ShardServer:
         self._shards.extend(shards)
         await self._store.begin()
         await self._server.start()
+        self._serving = asyncio.create_task(self._keep_serving())
+        self._watches.append(self._serving)
         self._begin(watch_time(self._engine))
         if self._snapshotter is not None:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
+    def shards_moved(self, shards: list[pb.Shard]) -> None:
+        """Tell clients from now on that the shards are at these addresses, in order."""
+        self._shards[:] = shards
+
     async def drain(self) -> None:
         """Stop: take nothing new, finish and acknowledge what has begun, end the streams."""
+        self._stopping = True
         await self._stop_serving()
         await self._server.stop(grace=1.0)
         for watch in self._watches:
@@ -167,14 +178,53 @@ class ShardServer:
         """
         stop = asyncio.create_task(stopping.wait())
         drained = asyncio.create_task(self._drained.wait())
-        reasons: set[asyncio.Future[Any]] = {stop, drained, self._engine.failed}
+        reasons: set[asyncio.Future[Any]] = {stop, drained, self._engine.failed, self._serving}
         await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         drained.cancel()
         if self._engine.failed.done():
             return FAILED
+        if self._serving.done():
+            _log.critical("the shard ends: it cannot listen any more", exc_info=self._serving.exception())
+            return FAILED
         await self.drain()
         return 0
+
+    async def _keep_serving(self) -> None:
+        """Go on when gRPC's server ends by itself; the streams are cut, and workers open them again.
+
+        gRPC 1.84 and 1.85 end their server for good when somebody calls a method whose name is no UTF-8, whether or not
+        the call carries a token. The state is not concerned.
+
+        Raises:
+            ConfigurationError: The port cannot be listened on again.
+        """
+        while True:
+            problem = await _end_of(self._server)
+            if self._stopping:
+                return
+            _log.error("gRPC's server ended by itself, and is started again: %s", problem)
+            self._server = self._built()
+            await self._bind_again()
+            await self._server.start()
+
+    async def _bind_again(self) -> None:
+        """Take the port that was this shard's; the system may need a moment to let go of it."""
+        for _ in range(_BIND_ATTEMPTS - 1):
+            try:
+                self.bind()
+            except ConfigurationError:
+                await asyncio.sleep(_BIND_PAUSE_S)
+            else:
+                return
+        self.bind()
+
+    def _built(self) -> grpc.aio.Server:
+        tokens = self._config.security.accepted_tokens()
+        interceptors = [TokenInterceptor(tokens)] if tokens else []
+        server = grpc.aio.server(interceptors=interceptors, options=list(_CHANNEL_OPTIONS))
+        self._register(server)
+        return server
 
     async def _stop_serving(self) -> None:
         """Take nothing new from workers, and answer what has come whole."""
@@ -188,18 +238,27 @@ class ShardServer:
         watch.add_done_callback(_log_failure)
         self._watches.append(watch)
 
-    def _register(self) -> None:
+    def _register(self, server: grpc.aio.Server) -> None:
         admin = AdminService(self._engine, self._store.live, self._snapshotter, self._operations)
-        self._server.add_generic_rpc_handlers((bulk.handlers(self._service),))
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        admin_service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+        server.add_generic_rpc_handlers((bulk.handlers(self._service), bulk.handlers(admin, admin_service)))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
             pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,
             admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         )
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable_server_reflection(names, server)
+
+
+async def _end_of(server: grpc.aio.Server) -> str:
+    """Wait for a server's end; why it came."""
+    try:
+        await server.wait_for_termination()
+    except Exception as error:  # noqa: BLE001  # whatever ended it, serving goes on
+        return repr(error)
+    return "nobody asked it to"
 
 
 def _evidence_keeper(config: ServerConfig, index: int) -> EvidenceKeeper:

@@ -16,7 +16,7 @@ from paceline_server.fetch import send_fragments
 from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.probe import Probes, ProbeStream
 from paceline_server.streams import MAX_STREAMS
-from paceline_wire import PROTOCOL_VERSION, codecs
+from paceline_wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
@@ -29,7 +29,6 @@ from paceline_wire.errors import (
     SupersededError,
     UnavailableError,
 )
-from paceline_wire.manifest import Manifest
 from paceline_wire.transfer import Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
@@ -63,13 +62,24 @@ def with_status(
     @functools.wraps(method)
     async def translated(self: Any, request: Any, context: Context) -> _Response:
         try:
-            return await method(self, request, context)
+            return await method(self, readable(request), context)
         except PacelineError as error:
             await abort(context, error)
         except DecodeError as error:
             await abort(context, unreadable(error))
 
     return translated
+
+
+def readable(request: Any) -> Any:
+    """A single request, as `bulk.handlers` hands it over.
+
+    Raises:
+        DecodeError: It could not be read.
+    """
+    if isinstance(request, DecodeError):
+        raise request
+    return request
 
 
 def unreadable(error: DecodeError) -> InvalidInputError:
@@ -107,6 +117,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         shard = self._engine.shard
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
+            oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             configuration=self._live.for_workers,
             manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
             shards=self._shards,
@@ -126,7 +137,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             if not message.HasField("start"):
                 raise InvalidInputError("an upload begins with `start`")
             _require_version(message.start.protocol_version)
-            manifest = Manifest.from_wire(message.start.manifest)
+            manifest = await self._engine.read_manifest(message.start.manifest)
             if manifest.fragment_elements != self._fragment_elements:
                 raise InvalidInputError(
                     f"the manifest cuts fragments of {manifest.fragment_elements} elements; "
@@ -223,13 +234,15 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     ) -> None:
         """Send current values, fragment by fragment."""
         try:
-            codec = self._whole(request.codec)
+            codec = self._whole(readable(request).codec)
             self._engine.shard.refuse_uninitialized()
             fragments = request.fragments or sorted(self._engine.shard.fragments)
             with self._engine.buffers.stream():
                 await send_fragments(self._engine, fragments, codec, context.write)
         except PacelineError as error:
             await abort(context, error)
+        except DecodeError as error:
+            await abort(context, unreadable(error))
         except grpc.aio.InternalError:
             _log.debug("a caller hung up in the middle of a message")
 
@@ -314,8 +327,10 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
 
 
 def _require_version(version: int) -> None:
-    if version != PROTOCOL_VERSION:
-        raise ProtocolVersionError(
-            f"the peer speaks protocol version {version} and this server version {PROTOCOL_VERSION}: "
-            f"upgrade the {'server' if version > PROTOCOL_VERSION else 'worker'}"
-        )
+    if OLDEST_PROTOCOL_VERSION <= version <= PROTOCOL_VERSION:
+        return
+    several = f"versions {OLDEST_PROTOCOL_VERSION} to" if OLDEST_PROTOCOL_VERSION < PROTOCOL_VERSION else "version"
+    raise ProtocolVersionError(
+        f"the peer speaks protocol version {version} and this server {several} {PROTOCOL_VERSION}: "
+        f"upgrade the {'server' if version > PROTOCOL_VERSION else 'worker'}"
+    )

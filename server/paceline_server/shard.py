@@ -304,8 +304,7 @@ class Shard:
         self.pushes_by_worker = {worker: count for worker, count in self.pushes_by_worker.items() if worker in known}
         self.refused_by_worker = {worker: count for worker, count in self.refused_by_worker.items() if worker in known}
 
-    def next_event_s(self) -> float | None:
-        """When time alone may next change something: a lease running out, or a quorum's grace passing."""
+    def next_close_s(self) -> float | None:
+        """When time alone may next close a bin, since a quorum's grace has passed."""
         times = [next_close_s(self.schedule, fragment.ledger) for fragment in self._fragments.values()]
-        due = [time for time in (*times, self.membership.next_expiry_s()) if time is not None]
-        return min(due, default=None)
+        return min((time for time in times if time is not None), default=None)

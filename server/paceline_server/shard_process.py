@@ -4,9 +4,11 @@ processes.py starts it and holds the other end:
 
 1. stdin: {"config": {...}, "index": i, "log_level": l}  secrets included, so that none is in the process list
 2. stdout: {"port": p}                      the port is taken; or {"error": class, "reason": "..."} and exit code 2
-3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards
+3. stdin: {"ports": [p0, p1, ...]}          the ports of all shards, on this host;
+   or {"shards": ["host:port", ...]}        where all shards listen, this one among them
 4. stdout: {"event": "serving", ...}        the shard answers; with a data directory, what was recovered from it
-5. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
+5. stdin: {"shards": ["host:port", ...]}    at any time: a shard has moved, and clients are told the new addresses
+6. SIGTERM, SIGINT or the end of stdin: the shard finishes what has begun and exits with 0.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from typing import Any
 import uvloop
 
 from paceline_server.config import ServerConfig
+from paceline_server.config_base import split_address
 from paceline_server.server import ShardServer
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.recovery import Recovered
@@ -35,8 +38,13 @@ def stop_signal() -> asyncio.Event:
 
 
 def shard_addresses(config: ServerConfig, ports: list[int]) -> list[pb.Shard]:
-    """What clients are told of where the shards listen."""
-    return [pb.Shard(host=config.advertise_host, port=port) for port in ports]
+    """What clients are told of where all shards of the run are; ports are those of the shards that are served here."""
+    places = [split_address(address) for address in config.shard_addresses]
+    return [_wire_shard(host, port) for host, port in places or [(config.advertise_host, port) for port in ports]]
+
+
+def _wire_shard(host: str, port: int) -> pb.Shard:
+    return pb.Shard(host=f"[{host}]" if ":" in host else host, port=port)
 
 
 def recovery_report(recovered: Recovered | None) -> dict[str, Any]:
@@ -61,16 +69,32 @@ async def _serve() -> int:
     logging.getLogger("paceline_server").setLevel(first["log_level"])
     server = ShardServer(config, first["index"])
     _tell(port=server.bind())
-    ports = json.loads(await stdin.readline() or "{}").get("ports")
-    if ports is None:
+    shards = _told(config, await stdin.readline())
+    if shards is None:
         return 0
-    await server.start(shard_addresses(config, ports))
+    await server.start(shards)
     _tell(event="serving", **recovery_report(server.recovered))
-    starter_ended = asyncio.create_task(stdin.read())
+    starter_ended = asyncio.create_task(_follow(config, stdin, server))
     starter_ended.add_done_callback(lambda _: stopping.set())
     code = await server.run_until(stopping)
     starter_ended.cancel()
     return code
+
+
+async def _follow(config: ServerConfig, stdin: asyncio.StreamReader, server: ShardServer) -> None:
+    """Hear of shards that move, until the starter ends."""
+    while line := await stdin.readline():
+        shards = _told(config, line)
+        if shards is not None:
+            server.shards_moved(shards)
+
+
+def _told(config: ServerConfig, line: bytes) -> list[pb.Shard] | None:
+    """Where a line of the starter says that the shards are; None if it says nothing of that."""
+    message = json.loads(line or "{}")
+    if "shards" in message:
+        return [_wire_shard(*split_address(address)) for address in message["shards"]]
+    return shard_addresses(config, message["ports"]) if "ports" in message else None
 
 
 def _tell(**message: Any) -> None:

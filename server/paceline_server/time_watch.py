@@ -3,6 +3,7 @@
 import asyncio
 import logging
 
+from paceline_server.attention import Attention
 from paceline_server.engine import Engine
 from paceline_wire.errors import StorageFullError
 
@@ -14,24 +15,20 @@ FULL_DISK_S = 1.0
 FORGET_EVERY_S = 60.0
 """Seconds between looks for workers that have been gone for so long that nothing of them need be kept."""
 
-OVERSLEPT_S = 0.1
-"""Lateness from which on the process counts as having been stopped, or too busy to read what workers sent."""
-
 
 async def watch_time(engine: Engine) -> None:
     """Watch over a shard; runs until cancelled."""
-    wake_s, forget_s = engine.clock(), engine.clock() + FORGET_EVERY_S
+    attention = Attention(engine.shard.membership.heartbeat_s)
+    due_s, forget_s = engine.clock(), engine.clock() + FORGET_EVERY_S
     while True:
-        if engine.clock() > wake_s + OVERSLEPT_S:
-            # What workers sent meanwhile must be read before they are judged by it.
-            await asyncio.sleep(engine.shard.membership.heartbeat_s)
-        await _give_up_silent_workers(engine)
+        if attention.look(engine.clock(), due_s):
+            await _give_up_silent_workers(engine)
         if engine.clock() >= forget_s:
             engine.forget_gone()
             forget_s = engine.clock() + FORGET_EVERY_S
         await _close_due_bins(engine)
-        wake_s = _next_look_s(engine)
-        await engine.wait_for_roster(wake_s - engine.clock())
+        due_s = _next_look_s(engine, attention.judges_at_s)
+        await engine.wait_for_roster(max(0.0, due_s - engine.clock()))
 
 
 async def _give_up_silent_workers(engine: Engine) -> None:
@@ -51,8 +48,17 @@ async def _close_due_bins(engine: Engine) -> None:
         await asyncio.sleep(FULL_DISK_S)
 
 
-def _next_look_s(engine: Engine) -> float:
-    """When something may be due: what is known to be, or a silence that a heartbeat from now on may allow less of."""
-    now_s, next_s = engine.clock(), engine.shard.next_event_s()
-    earliest_s = now_s + engine.shard.membership.shortest_silence_s
-    return earliest_s if next_s is None else max(now_s, min(next_s, earliest_s))
+def _next_look_s(engine: Engine, judges_at_s: float | None) -> float:
+    """When something may be due: what is known to be, or a silence that a heartbeat from now on may allow less of.
+
+    A silence that ran out while bins were closed lies in the past: the next look is late then, and nobody is judged
+    before what came meanwhile is read.
+    """
+    now_s, shard = engine.clock(), engine.shard
+    close_s, expiry_s = shard.next_close_s(), shard.membership.next_expiry_s()
+    times = [
+        now_s + shard.membership.shortest_silence_s,
+        judges_at_s if judges_at_s is not None else expiry_s,
+        None if close_s is None else max(now_s, close_s),
+    ]
+    return min(time_s for time_s in times if time_s is not None)

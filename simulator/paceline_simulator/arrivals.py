@@ -39,7 +39,7 @@ def read_arrivals(path: Path) -> list[Arrival]:
         InvalidInputError: A line is not an arrival; the text says which.
     """
     arrivals = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             fields = json.loads(line)
             arrivals.append(
@@ -53,7 +53,7 @@ def read_arrivals(path: Path) -> list[Arrival]:
                     outcome=str(fields["outcome"]),
                 )
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise InvalidInputError(f"line {number} of {path} is not an arrival: {error!r}") from error
     return arrivals
 

@@ -173,7 +173,7 @@ async def test_a_worker_whose_bits_differ_finds_out(address: str) -> None:
         worker = await Checked.of(client, "int8")
         await worker.exchange(gradient(1))
         connection = client._session.connections[0]
-        connection._held[1].values.mul_(1.0001)  # as other rounding would
+        connection._streams._held[1].values.mul_(1.0001)  # as other rounding would
         await worker.exchange(gradient(2))
         assert connection.reconnects == 1
         assert worker.whole > FRAGMENTS

@@ -1,9 +1,13 @@
 """What no honest client sends: each gets a named error and a sentence, and neither state nor others suffer."""
 
 import contextlib
+import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -374,3 +378,65 @@ def test_whatever_is_sent_no_end_is_an_accident(hostile: RawWorker, messages: li
     with contextlib.suppress(grpc.RpcError):
         list(call)
     assert call.code() is grpc.StatusCode.OK or ended(call).error
+
+
+UNARY = {
+    "ParameterServerService": ("Describe", "Join", "Heartbeat", "Leave", "Fetch"),
+    "AdminService": ("Status",),
+}
+
+
+@pytest.mark.parametrize("path", [f"{service}/{name}" for service, names in UNARY.items() for name in names])
+def test_a_single_request_that_is_no_message_is_the_callers_error(hostile: RawWorker, address: str, path: str) -> None:
+    """It is refused by name, as in a stream, and is not called an accident of the server."""
+    with grpc.insecure_channel(address) as channel:
+        method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/paceline_wire.v1.{path}")
+        with pytest.raises(grpc.RpcError) as refused:
+            list(method(b"\xff" * 9, timeout=PATIENCE_S))
+    expect(ended(refused.value), "InvalidInputError", INVALID, "no message of the protocol")
+
+
+def test_unreadable_requests_do_not_fill_the_log(tmp_path: Path) -> None:
+    """Health checks need no token: what is no request there leaves no traceback behind."""
+    command = [sys.executable, "-m", "paceline", "serve", "--json", "--listen", "127.0.0.1:0"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+        assert process.stdout is not None
+        shard = json.loads(process.stdout.readline())["shards"][0]
+        for service in ("grpc.health.v1.Health/Check", "paceline_wire.v1.ParameterServerService/Join"):
+            with grpc.insecure_channel(shard) as channel:
+                method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{service}")
+                with pytest.raises(grpc.RpcError):
+                    method(b"\xff" * 9, timeout=PATIENCE_S, wait_for_ready=True)
+        process.terminate()
+        process.wait(PATIENCE_S)
+    assert b"Traceback" not in (tmp_path / "log").read_bytes()
+
+
+def test_a_speed_that_nobody_has_is_refused(hostile: RawWorker) -> None:
+    """Steps of more than a week are refused; the longest that are taken fit into the status."""
+    hostile.heartbeat(7 * 24 * 3600 * 1_000_000)
+    assert any(member.inner_step_us == 7 * 24 * 3600 * 1_000_000 for member in hostile.status().members)
+    with pytest.raises(grpc.RpcError) as refused:
+        hostile.heartbeat(BIGGEST)
+    expect(ended(refused.value), "InvalidInputError", INVALID, "604800 at most")
+    assert any(member.worker_id == "hostile" for member in hostile.status().members)
+
+
+def test_a_method_whose_name_is_no_text_does_not_end_the_server(address: str, hostile: RawWorker) -> None:
+    """Some versions of gRPC end their server then; the shard serves on, at its port and with its state."""
+    host, _, port = address.rpartition(":")
+    headers = {":method": b"POST", ":scheme": b"http", ":path": b"/a\xff/b", "content-type": b"application/grpc"}
+    fields = [
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value for name, value in headers.items()
+    ]
+    block = b"".join(fields)
+    settings_frame, headers_frame = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), bytes([0, 0, len(block), 1, 5, 0, 0, 0, 1])
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings_frame + headers_frame + block)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+        request = pb.HeartbeatRequest(worker=hostile.worker)
+        assert hostile.stub.Heartbeat(request, timeout=PATIENCE_S, wait_for_ready=True).active_workers > 0

@@ -1,6 +1,7 @@
 """A simulated run has the bits of the real one: real processes, sockets and threads on one side, none on the other."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from paceline_server.config import ServerConfig
 from paceline_simulator import ModuleTask, Result, Simulation, WorkerSpec, read_arrivals
 
 INNER_STEPS, ROUNDS = 3, 6
+JOINED_BY_S = 60.0
+"""Longer than any join takes; without it a worker that failed would leave the others waiting for ever."""
 
 
 def config(kind: str, workers: int, arrivals: Path, *, downlink: str = "fp32", **outer: Any) -> dict[str, Any]:
@@ -69,12 +72,18 @@ def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def trained(run_config: dict[str, Any], workers: int, optimizer: Any = adamw) -> dict[str, torch.Tensor]:
-    """What a real run ends with: each worker joins on a thread of its own and waits for every answer."""
+    """What a real run ends with: each worker joins on a thread of its own and waits for every answer.
+
+    Nobody trains before all have their bases, as in the simulation: a worker that joins when another's first push is in
+    already, on a busy machine, begins from values with that push in them, and no record of arrivals tells.
+    """
+    all_joined = threading.Barrier(workers)
 
     def train(address: str, worker: int) -> None:
         module = Network()
         inner, data = optimizer(module), batches(worker)
         with paceline.join(address, module, inner, worker_id=f"worker-{worker}", overlap="blocking") as run:
+            all_joined.wait(JOINED_BY_S)
             while run.round < ROUNDS:
                 inner.zero_grad()
                 loss(module, next(data)).backward()  # type: ignore[no-untyped-call]  # torch leaves it so

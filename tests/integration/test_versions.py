@@ -18,6 +18,9 @@ import paceline
 import paceline_server
 from integration.patience import PATIENCE_S
 from integration.raw import Ended, RawWorker, ended
+from paceline.calls import describe
+from paceline.channels import Access
+from paceline_server import service
 from paceline_wire import PROTOCOL_VERSION
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
@@ -209,3 +212,45 @@ async def test_an_address_has_a_host_and_a_port(address: str) -> None:
     with pytest.raises(InvalidInputError, match="host:port"):
         async with paceline.connect(address):
             pass
+
+
+@pytest.mark.parametrize(("version", "sentence"), [(2, None), (3, None), (1, "worker"), (4, "server"), (0, "worker")])
+def test_a_server_serves_the_version_before_its_own(
+    version: int, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a run is upgraded, workers of the version before go on; others are told what the server speaks."""
+    monkeypatch.setattr(service, "PROTOCOL_VERSION", 3)
+    monkeypatch.setattr(service, "OLDEST_PROTOCOL_VERSION", 2)
+    if sentence is None:
+        service._require_version(version)
+        return
+    with pytest.raises(ProtocolVersionError, match=f"version {version} and this server versions 2 to 3: .*{sentence}"):
+        service._require_version(version)
+
+
+@pytest.mark.parametrize(
+    ("oldest", "newest", "sentence"),
+    [
+        (PROTOCOL_VERSION, PROTOCOL_VERSION + 1, None),
+        (0, PROTOCOL_VERSION, None),
+        (PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 2, "versions 2 to 3 and this client version 1: upgrade the client"),
+        (0, PROTOCOL_VERSION + 1, "version 2 and this client version 1: upgrade the client"),
+        (0, PROTOCOL_VERSION - 1, "version 0 and this client version 1: upgrade the server"),
+    ],
+)
+async def test_a_client_takes_a_newer_server_that_serves_its_version(
+    oldest: int, newest: int, sentence: str | None
+) -> None:
+    """A server that was upgraded first says whom it serves still; one that does not say so serves its own version."""
+    answer = pb.DescribeResponse(protocol_version=newest, oldest_protocol_version=oldest, shards=[pb.Shard(port=1)])
+
+    class Stub:
+        async def Describe(self, _request: pb.DescribeRequest, **_: object) -> pb.DescribeResponse:  # noqa: N802
+            return answer
+
+    asked = describe(Stub(), Access(), "there:1")  # type: ignore[arg-type]  # all of a stub that it uses
+    if sentence is None:
+        assert await asked == answer
+        return
+    with pytest.raises(ProtocolVersionError, match=sentence):
+        await asked

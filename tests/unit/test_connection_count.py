@@ -12,7 +12,9 @@ def play(counts: ConnectionCount, rate: Callable[[int], float], seconds: int, *,
     chosen, num_bytes = [], 0.0
     for second in range(seconds):
         num_bytes += rate(counts.count)
-        chosen.append(counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True))
+        chosen.append(
+            counts.observe(began_s + second, int(num_bytes), began_s + second, in_effect=True, round_ended=True)
+        )
     return chosen
 
 
@@ -37,17 +39,17 @@ def test_it_doubles_while_that_pays_and_goes_back_from_what_does_not() -> None:
 
 def test_a_busy_moment_ends_no_trial() -> None:
     """One bad measurement of twice as many is not believed."""
-    counts, spoilt = long_link(), False
+    counts, spoilt_s = long_link(), 0
 
     def rate(count: int) -> float:
-        nonlocal spoilt
-        if count == 2 and not spoilt:
-            spoilt = len(counts._tried) == 0 and counts._is_warm
+        nonlocal spoilt_s
+        if count == 2 and len(counts._growing) == 1:
+            spoilt_s += 1
             return 1e6
         return window_limited(count)
 
     assert play(counts, rate, 60)[-1] == 4
-    assert spoilt
+    assert spoilt_s
 
 
 def test_what_was_sent_before_a_change_says_nothing_of_it() -> None:
@@ -57,8 +59,36 @@ def test_what_was_sent_before_a_change_says_nothing_of_it() -> None:
         if second % 20 == 0:
             taken_by = counts.count
         num_bytes += window_limited(taken_by)
-        before = counts.observe(second, int(num_bytes), second, in_effect=taken_by == counts.count)
+        in_effect = taken_by == counts.count
+        before = counts.observe(second, int(num_bytes), second, in_effect=in_effect, round_ended=True)
     assert before == 4
+
+
+def test_windows_that_still_grow_end_no_trial() -> None:
+    """A new connection carries more from round to round at first; what it carries then is what counts."""
+    counts, since, age = long_link(), 1, 0
+
+    def rate(count: int) -> float:
+        nonlocal since, age
+        since, age = count, age + 1 if count == since else 1
+        return window_limited(count) * min(1.0, 0.22 * 2 ** (age / 3))
+
+    assert play(counts, rate, 100)[-1] == 4
+
+
+@pytest.mark.parametrize(("whole_rounds", "kept"), [(True, 4), (False, 2)])
+def test_only_whole_rounds_are_measured(whole_rounds: bool, kept: int) -> None:
+    """Each round begins with small windows: what lies between other answers has more or less of that, and misleads."""
+    counts, now, num_bytes = long_link(), 0.0, 0.0
+    counts.observe(now, 0, now, in_effect=True, round_ended=True)
+    for _ in range(20):
+        now += 3.0
+        for fragment in range(24):
+            now += 5e6 / window_limited(counts.count)
+            num_bytes += 5e6
+            round_ended = fragment == 23 or not whole_rounds
+            counts.observe(now, int(num_bytes), now, in_effect=True, round_ended=round_ended)
+    assert counts.count == kept
 
 
 def test_a_full_link_keeps_one() -> None:

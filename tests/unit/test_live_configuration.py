@@ -1,5 +1,7 @@
 """What of a configuration can change while a run goes on, and whose word counts after a restart."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,18 @@ async def test_a_line_that_a_power_failure_cut_hides_no_other(tmp_path: Path) ->
     assert await log.newest(10) == entries
     assert await log.newest(1) == entries[2:]
     assert abs(entries[0].time_us / 1e6 - entries[1].time_us / 1e6) < 60
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "{}", "[" * 100_000, '{"time": 5}', '{"time": "then"}', '{"time": "1969-12-31T00:00:00+00:00"}']
+)
+async def test_a_line_that_says_something_else_hides_no_other(tmp_path: Path, line: str) -> None:
+    """What is no entry is left out, also where it is JSON; the log can be asked for all the same."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    entry = AuditEntry(time=utc_now(), shard=0, who="", peer="p", act="act", result="done")
+    await log.add(entry)
+    said = {**asdict(entry), **json.loads(line)} if line.startswith('{"') else None
+    with (tmp_path / "audit.jsonl").open("a") as file:
+        file.write((json.dumps(said) if said is not None else line) + "\n")
+    await log.add(entry)
+    assert await log.newest(9) == [entry, entry]

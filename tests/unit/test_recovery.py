@@ -1,19 +1,29 @@
 """Recovery: a shard's directory gives back the very state, from any snapshot on, or says what is damaged."""
 
+import json
 import shutil
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline_server.config import ServerConfig
+from paceline_server.journal import Decided, FragmentInitialized, Record
+from paceline_server.ledger import Decision, Ledger, Outcome
+from paceline_server.rules.base import Contribution
 from paceline_server.settings import config_from_mapping
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.recovery import Recovered, read_records, recover
+from paceline_server.storage.repair import examine, restore
 from paceline_server.storage.snapshot import SnapshotWriter, load_snapshot
 from paceline_server.storage.store import kept_config
+from paceline_server.storage.writing import write_state
 from paceline_wire.errors import StorageError
 from support_storage import CONFIG, PlayedShard, assert_same_state, flipped
 
@@ -263,3 +273,106 @@ def test_a_directory_serves_one_process_at_a_time(directory: ShardDirectory) -> 
         pass
     with directory.locked():
         pass
+
+
+def misfits() -> dict[str, tuple[bool, Record]]:
+    """Records that are whole and do not fit what is before them, and whether that is a run with parameters."""
+    decision = Decision(outcome=Outcome.APPLIED, reason="")
+    entering = Contribution(bins_late=0, share=1.0, bin=0, place=0, quota=1)
+    decided = Decided(fragment=0, time_s=1.0, push=None, decision=decision, ledger=Ledger())
+    payload = torch.zeros(8, dtype=torch.uint8)
+    return {
+        "a decision before the parameters": (False, decided),
+        "a decision about another shard's fragment": (True, replace(decided, fragment=99)),
+        "a push without its payload": (True, replace(decided, decision=replace(decision, contribution=entering))),
+        "a payload without its push": (True, replace(decided, codec="int4", payload=payload)),
+        "an unknown codec": (True, replace(decided, codec="int5", payload=payload)),
+        "bins that close again": (True, replace(decided, decision=replace(decision, bins_opened_before=-1))),
+        "first values of no fragment": (True, FragmentInitialized(fragment=99, payload=payload)),
+        "first values of another size": (True, FragmentInitialized(fragment=1, payload=payload)),
+    }
+
+
+@pytest.mark.parametrize("kind", misfits())
+def test_a_record_that_does_not_fit_is_named(directory: ShardDirectory, kind: str) -> None:
+    """It ends the journal as damage does: recovery names the last good record, and repair can go back to it."""
+    begun, record = misfits()[kind]
+    shard = played(directory) if begun else PlayedShard(directory)
+    good = shard.newest_record
+    shard.append(record)
+    shard.close()
+    with pytest.raises(
+        StorageError, match=rf"after record {good}, .* record {good + 1} does not fit .*paceline repair"
+    ):
+        recover(directory, CONFIG)
+    found = examine(directory)
+    assert found.good == good
+    if not begun:
+        with pytest.raises(StorageError, match="has no parameters yet"):
+            restore(directory, found)
+        return
+    restore(directory, found)
+    assert_same_state(shard.shard, recover(directory, CONFIG).shard)
+
+
+def test_a_snapshot_of_another_division_is_refused(directory: ShardDirectory) -> None:
+    """Its fragments must be those that its configuration gives the shard."""
+    shard = played(directory)
+    number = shard.rotate()
+    shard.close()
+    config = kept_config(CONFIG.model_copy(update={"shards": 2}))
+    write_state(directory, shard.shard, number=number, time_s=1.0, config=config)
+    with pytest.raises(StorageError, match="is of 1 shards, and its configuration of 2"):
+        recover(directory, CONFIG)
+
+
+def forge_shards(folder: Path) -> None:
+    """Say that there are no shards, with a checksum that fits."""
+    path = folder / "snapshot.json"
+    head = path.read_bytes().rpartition(b'"crc32":')[0].replace(b'"num_shards":1', b'"num_shards":0')
+    path.write_bytes(head + b'"crc32":' + str(zlib.crc32(head)).encode() + b"}")
+
+
+def leave_out_checksums(folder: Path) -> None:
+    """Leave all checksums out."""
+    path = folder / "snapshot.json"
+    said = json.loads(path.read_bytes())
+    del said["crc32"]
+    path.write_text(json.dumps({**said, "files": {}}))
+
+
+def forge_fragment(folder: Path, vectors: dict[str, torch.Tensor]) -> None:
+    """Write other vectors, with checksums that fit."""
+    name = "fragment-000000.safetensors"
+    data = (folder / name).read_bytes()
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    data = safetensors.torch.save(vectors, metadata)
+    (folder / name).write_bytes(data)
+    path = folder / "snapshot.json"
+    said = json.loads(path.read_bytes())
+    said["files"][name] = {"num_bytes": len(data), "crc32": zlib.crc32(data)}
+    del said["crc32"]
+    head = json.dumps(said, separators=(",", ":")).encode()[:-1] + b","
+    path.write_bytes(head + b'"crc32":' + str(zlib.crc32(head)).encode() + b"}")
+
+
+FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no shards": (forge_shards, "there is no shard 0 among 0"),
+    "no checksums": (leave_out_checksums, "its checksum does not fit"),
+    "numbers of another type": (
+        lambda folder: forge_fragment(folder, {"w": torch.zeros(512, dtype=torch.int64)}),
+        "w is torch.int64",
+    ),
+    "no parameters": (lambda folder: forge_fragment(folder, {"u": torch.zeros(512)}), "it has no parameters"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_snapshot_that_says_nonsense_is_refused(directory: ShardDirectory, kind: str) -> None:
+    """Whatever its checksums are."""
+    shard = played(directory)
+    number = write_snapshot(shard)
+    forge, sentence = FORGERIES[kind]
+    forge(directory.snapshot_path(number))
+    with pytest.raises(StorageError, match=sentence):
+        load_snapshot(directory.snapshot_path(number))

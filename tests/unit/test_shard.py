@@ -111,7 +111,7 @@ def test_a_shard_without_fragments_needs_no_parameters() -> None:
     shard = empty_shard(index=4, num_shards=5)
     shard.begin_initialization(manifest(), 5)
     assert shard.initialized
-    assert shard.next_event_s() is None
+    assert shard.next_close_s() is None
 
 
 def test_a_fragment_lives_on_one_shard() -> None:
@@ -226,18 +226,17 @@ def test_who_counts_are_the_members() -> None:
     assert decided[0].outcome is Outcome.CLOSED
 
 
-def test_the_next_event_is_the_first_lease_or_grace() -> None:
-    """A shard looks again when a lease may run out or a quorum's grace has passed, whichever comes first."""
+def test_a_bin_may_close_next_when_a_quorums_grace_has_passed() -> None:
+    """Without a quorum only an event closes it."""
     shard = initialized(Schedule(kind=QUORUM, quorum=2))
-    assert shard.next_event_s() is None
     for worker in ("a", "b", "c"):
         shard.membership.join(0.0, worker, 1)
-    assert shard.next_event_s() == 30.0
     push(shard, 1, "a", 1, now=0.0)
+    assert shard.next_close_s() is None
     push(shard, 1, "b", 1, now=8.0)
-    assert shard.next_event_s() == 10.0
+    assert shard.next_close_s() == 10.0
     assert shard.decide_close(9.9, 1) is None
     decided = shard.decide_close(10.0, 1)
     assert decided is not None
     shard.keep(1, *decided, None)
-    assert shard.next_event_s() == 30.0
+    assert shard.next_close_s() is None

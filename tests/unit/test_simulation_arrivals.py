@@ -54,11 +54,17 @@ def test_what_a_record_does_not_have_comes_after_it() -> None:
     assert len(keys) > 8
 
 
-@pytest.mark.parametrize("line", ["no json", "[]", '{"time_s": 1}', '{"time_s": null}'])
-def test_a_line_that_is_no_arrival_is_named(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"no json", b"[]", b'{"time_s": 1}', b'{"time_s": null}', b"\xff", b"[" * 100_000),
+        b'{"time_s": 1, "fragment": 1e999, "worker": "a", "incarnation": 1, "seq": 1, "base_bin": 0, "outcome": ""}',
+    ],
+)
+def test_a_line_that_is_no_arrival_is_named(line: bytes, tmp_path: Path) -> None:
     """The text says which line it is."""
     path = write(tmp_path / "arrivals", [])
-    path.write_text(f"{line}\n")
+    path.write_bytes(line + b"\n")
     with pytest.raises(InvalidInputError, match="line 1 of"):
         read_arrivals(path)
 

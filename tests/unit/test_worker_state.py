@@ -226,3 +226,29 @@ def test_what_is_no_state_is_refused(change: dict[str, Any], message: str) -> No
     state = Played(settings()).saved().to_dict()
     with pytest.raises(InvalidInputError, match=message):
         SavedWorker.from_dict({**state, **change})
+
+
+@pytest.mark.parametrize(("key", "number"), [("round", -1), ("incarnation", 1 << 64), ("initialization_id", -7)])
+def test_numbers_that_cannot_travel_are_refused(key: str, number: int) -> None:
+    """A negative or enormous number would end the exchange later, in the middle of training."""
+    state = Played(settings()).saved().to_dict()
+    with pytest.raises(InvalidInputError, match=f"{key} is {number}"):
+        SavedWorker.from_dict({**state, key: number})
+
+
+@pytest.mark.parametrize("key", ["residual", "velocity", "payload", "expected"])
+def test_vectors_of_another_size_are_refused(key: str) -> None:
+    """So is what is kept for pushes and is not of the fragments' sizes."""
+    played = Played(settings())
+    played.step(1)
+    played.push()
+    state = copy.deepcopy(played.saved().to_dict())
+    saved = SavedWorker.from_dict(state)
+    saved.require(worker_id=saved.worker_id, manifest=MANIFEST, initialization_id=saved.initialization_id)
+    fragment = state["fragments"][0]
+    dtype = torch.uint8 if key == "payload" else torch.float32
+    (fragment["pushes"][0] if key in ("payload", "expected") else fragment)[key] = torch.zeros(3, dtype=dtype)
+    with pytest.raises(InvalidInputError, match="does not fit together"):
+        SavedWorker.from_dict(state).require(
+            worker_id=saved.worker_id, manifest=MANIFEST, initialization_id=saved.initialization_id
+        )

@@ -4,6 +4,9 @@
 machine. A process that never sees a large fragment pays nothing of it; others go the plain way meanwhile, and for good
 where numba cannot be imported. The bits are the same, so nobody notices but by the time it takes.
 
+Arrays are not counted (`_nrt`): they are the caller's, who waits. numba would count each slice of a block up and down,
+in an atomic operation each, which were half of the samples of a profile of the encoding.
+
 numba keeps what it has compiled in `__pycache__` beside `loops`, where it may not write there in the user's cache
 folder, and always in NUMBA_CACHE_DIR if that is set. Where it may write nowhere, every process compiles anew.
 """
@@ -123,9 +126,10 @@ def _kernel(numba: Any, loop: Callable[..., Any], signature: str) -> Callable[..
     if not threading.main_thread().is_alive():
         raise _EndedError
     compiled: Callable[..., Any]
+    options = {"nogil": True, "error_model": "numpy", "_nrt": False}
     try:
-        compiled = numba.njit(signature, nogil=True, error_model="numpy", cache=True)(loop)
+        compiled = numba.njit(signature, cache=True, **options)(loop)
     except (OSError, RuntimeError) as error:
         _log.info("numba cannot keep what it compiles (set NUMBA_CACHE_DIR to a folder where it can): %s", error)
-        compiled = numba.njit(signature, nogil=True, error_model="numpy")(loop)
+        compiled = numba.njit(signature, **options)(loop)
     return compiled

@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
+from numba.np import arrayobj
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,6 +35,7 @@ FP32, BF16, INT8, INT4, FP4 = range(5)
 """The codecs' numbers here. A kernel asks for the codec once a block, which costs nothing, and is compiled once."""
 
 _E, _HALF, _LANES = 256, 128, 16
+_CACHE_LINE_BYTES = 64
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 _SCALE_MASK = np.int32(~0x7F)
@@ -74,6 +77,41 @@ def _cast(source: Any, target: Any) -> Callable[[Any, Any], Any]:
 
 _bits: Callable[[np.float32], np.int32] = intrinsic(_cast(types.float32, types.int32))
 _float: Callable[[np.int32], np.float32] = intrinsic(_cast(types.int32, types.float32))
+
+
+def _scratch(element: Any, count: int) -> Callable[[], Any]:
+    """A function that gives a kernel an array of its own on the stack, of any content, as long as the kernel runs.
+
+    np.empty would ask numba's counted memory for it, which the kernels do without.
+    """
+
+    def typed(_context: Any) -> Any:
+        array = types.Array(element, 1, "C")
+
+        def code(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+            value, index = context.get_value_type(element), context.get_value_type(types.intp)
+            num_bytes = context.get_abi_sizeof(value)
+            memory = cgutils.alloca_once(builder, ir.ArrayType(value, count))
+            memory.align = _CACHE_LINE_BYTES
+            made = arrayobj.make_array(array)(context, builder)
+            arrayobj.populate_array(
+                made,
+                data=builder.bitcast(memory, value.as_pointer()),
+                shape=[index(count)],
+                strides=[index(num_bytes)],
+                itemsize=index(num_bytes),
+                meminfo=None,
+            )
+            return made._getvalue()
+
+        return array(), code
+
+    made: Callable[[], Any] = intrinsic(typed)
+    return made
+
+
+_block: Callable[[], Floats] = _scratch(types.float32, _E)
+_sums: Callable[[], Doubles] = _scratch(types.float64, _LANES)
 
 
 @_jit
@@ -347,14 +385,18 @@ def _split_off(c: Floats, d: Floats, decoded: Floats, lost: Floats) -> None:
 
 
 @_jit
-def _move(d: Floats, reference: Floats, moved: Floats, peaks: Ints) -> None:
-    """Write reference + d, by way of d: a loop over arrays that may be one and the same is not vectorized."""
-    a, b, o, p = d[:_E], reference[:_E], moved[:_E], peaks[:_E]
+def _move(d: Floats, reference: Floats, moved: Floats) -> np.int32:
+    """Write reference + d, by way of d: a loop over arrays that may be one and the same is not vectorized.
+
+    Returns the largest magnitude's bits, as `_absmax` has them.
+    """
+    a, b, o, top = d[:_E], reference[:_E], moved[:_E], np.int32(0)
     for i in range(_E):
         a[i] = b[i] + a[i]
-        p[i] = max(p[i], np.int32(_bits(a[i]) & _MAGNITUDE))
+        top = max(top, np.int32(_bits(a[i]) & _MAGNITUDE))
     for i in range(_E):
         o[i] = a[i]
+    return top
 
 
 # --- Kernels: what is done with a whole fragment.
@@ -379,7 +421,7 @@ def decode(kind: int, scales: Floats, codes: Bytes, out: Floats) -> None:
 
 def squares(kind: int, scales: Floats, codes: Bytes, out: Doubles) -> None:
     """Write the sum of the squares of each block's numbers (float64 [B])."""
-    x, lanes = np.empty(_E, np.float32), np.empty(_LANES, np.float64)
+    x, lanes = _block(), _sums()
     size = _block_bytes(kind)
     for block in range(len(out)):
         c = codes[block * size : (block + 1) * size]
@@ -409,7 +451,7 @@ def step(
 
     Each of before: u *= it, w -= u. The push: u += u_rate g, w -= w_rate g. Each of after: as before.
     """
-    g = np.empty(_E, np.float32)
+    g = _block()
     last_before = before[-1] if len(before) else _ZERO
     first_after = after[0] if len(after) else _ZERO
     size = _block_bytes(kind)
@@ -437,7 +479,7 @@ def compensate(
 
     residual may be empty: then c is values.
     """
-    c, d, size = np.empty(_E, np.float32), np.empty(_E, np.float32), _block_bytes(kind)
+    c, d, size = _block(), _block(), _block_bytes(kind)
     for block in range(len(values) // _E):
         first, end = block * _E, (block + 1) * _E
         if len(residual):
@@ -457,7 +499,7 @@ def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: By
 
     moved may be reference itself. Returns whether all of it is finite.
     """
-    x, peaks, size = np.empty(_E, np.float32), np.zeros(_E, np.int32), _block_bytes(kind)
+    x, size, top = _block(), _block_bytes(kind), np.int32(0)
     for block in range(len(values) // _E):
         first, end = block * _E, (block + 1) * _E
         _subtract(values[first:end], reference[first:end], x)
@@ -466,8 +508,8 @@ def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: By
         if kind >= INT8:
             scales[block] = scale
         _decode_block(kind, scale, block_codes, x)
-        _move(x, reference[first:end], moved[first:end], peaks)
-    return bool(peaks.max() < _INFINITY)
+        top = max(top, _move(x, reference[first:end], moved[first:end]))
+    return bool(top < _INFINITY)
 
 
 def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Floats) -> bool:
@@ -475,11 +517,10 @@ def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Fl
 
     moved may be reference itself. Returns whether all of it is finite.
     """
-    x, peaks = np.empty(_E, np.float32), np.zeros(_E, np.int32)
-    size = _block_bytes(kind)
+    x, size, top = _block(), _block_bytes(kind), np.int32(0)
     for block in range(len(moved) // _E):
         first, end = block * _E, (block + 1) * _E
         scale = scales[block] if kind >= INT8 else _ONE
         _decode_block(kind, scale, codes[block * size : (block + 1) * size], x)
-        _move(x, reference[first:end], moved[first:end], peaks)
-    return bool(peaks.max() < _INFINITY)
+        top = max(top, _move(x, reference[first:end], moved[first:end]))
+    return bool(top < _INFINITY)

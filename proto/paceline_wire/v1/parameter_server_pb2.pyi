@@ -405,7 +405,7 @@ class Shard(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
     host: _builtins.str
-    """Host name or address. Empty: the host at which the caller reached the shard that answered."""
+    """Host name or address, IPv6 in brackets. Empty: the host at which the caller reached the shard that answered."""
     port: _builtins.int
     """TCP port."""
     def __init__(
@@ -459,6 +459,7 @@ class DescribeResponse(_message.Message):
     ACTIVE_WORKERS_FIELD_NUMBER: _builtins.int
     INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
     INITIALIZING_FIELD_NUMBER: _builtins.int
+    OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The shard's protocol version."""
     shard_index: _builtins.int
@@ -473,6 +474,8 @@ class DescribeResponse(_message.Message):
     """
     initializing: _builtins.bool
     """True while an upload of first parameters to the shard is under way."""
+    oldest_protocol_version: _builtins.int
+    """The oldest protocol version whose clients the shard serves. 0: none but protocol_version."""
     @_builtins.property
     def configuration(self) -> Global___RunConfiguration:
         """What workers must know of the configuration."""
@@ -497,10 +500,11 @@ class DescribeResponse(_message.Message):
         active_workers: _builtins.int = ...,
         initialization_id: _builtins.int | None = ...,
         initializing: _builtins.bool = ...,
+        oldest_protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__initialization_id: _TypeAlias = _typing.Literal["initialization_id"]  # noqa: Y015
     _WhichOneofArgType__initialization_id: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id"]  # noqa: Y015
@@ -558,7 +562,7 @@ class InitializeStart(_message.Message):
     INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
     REPLACES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The caller's protocol version. MUST equal the shard's."""
+    """The caller's protocol version. MUST be one that the shard serves."""
     initialization_id: _builtins.int
     """Chosen at random by the initializer. The shard of index 0 takes the first that it sees; a client uploads to the
     other shards only if the shard of index 0 took its own, so that all fragments come from one model.
@@ -715,7 +719,7 @@ class JoinRequest(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     PREVIOUS_INCARNATION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
-    """The caller's protocol version. MUST equal the shard's."""
+    """The caller's protocol version. MUST be one that the shard serves."""
     previous_incarnation: _builtins.int
     """The earlier incarnation of this worker whose saved state the caller goes on from. The shard counts its pushes as the
     caller's from then on, and the answer says how far it got with them. MUST be lower than the worker's incarnation,

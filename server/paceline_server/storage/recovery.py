@@ -30,7 +30,7 @@ from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.segment import DamagedSegmentError, read_segment, unfinished_bytes
 from paceline_server.storage.snapshot import LoadedSnapshot, load_snapshot
 from paceline_wire import codecs
-from paceline_wire.errors import CodecError, StorageError
+from paceline_wire.errors import PacelineError, StorageError
 
 _log = logging.getLogger(__name__)
 
@@ -173,13 +173,22 @@ class _Replay:
                 )
 
     def begin_from(self, snapshot: LoadedSnapshot | None) -> None:
-        """Take up a snapshot."""
+        """Take up a snapshot.
+
+        Raises:
+            StorageError: It is of another shard, or does not fit its own configuration.
+        """
         if snapshot is None:
             return
         meta = snapshot.meta
         self._require_place(meta.shard, meta.num_shards)
         self._use_config(meta.config)
         self._shard.take_manifest(snapshot.manifest, meta.initialization_id)
+        if self._shard.fragments.keys() != snapshot.fragments.keys():
+            raise StorageError(
+                f"snapshot {meta.number} in {self._directory.path} is of {meta.num_shards} shards, and its "
+                f"configuration of {self._shard.num_shards}; {_REPAIR}"
+            )
         for index in self._shard.fragments:
             self._shard.restore_fragment(index, snapshot.fragments[index])
         self._shard.membership.restore(meta.membership, meta.time_s)
@@ -192,10 +201,18 @@ class _Replay:
         """Replay one record.
 
         Raises:
-            StorageError: It does not fit what came before.
+            DamagedSegmentError: It does not fit what came before.
+            StorageError: The run is of another shard, or its configuration does not fit this version.
         """
-        self.recovered.newest_record = number
-        self.recovered.replayed += 1
+        try:
+            self._take(number, record)
+        except StorageError:
+            raise
+        except (PacelineError, LookupError, ValueError) as error:
+            reason = f"record {number} does not fit what came before it: {error}; {_REPAIR}"
+            raise DamagedSegmentError(self._directory.journal, number - 1, reason) from error
+
+    def _take(self, number: int, record: Record) -> None:
         if isinstance(record, Decided):
             self._take_decision(number, record)
         elif isinstance(record, FragmentInitialized):
@@ -211,6 +228,8 @@ class _Replay:
         else:
             self._wait()
             self._use_config(record.config)
+        self.recovered.newest_record = number
+        self.recovered.replayed += 1
 
     def finish(self, config: ServerConfig | None) -> Recovered:
         """The state after the last record; from here on under the configuration, if there is one."""
@@ -238,16 +257,17 @@ class _Replay:
         if number <= hosted.record:
             return
         codec = None if record.codec is None else codecs.codec(record.codec)
-        payload = record.payload
-        try:
-            if codec is not None and payload is not None:
-                codec.check(payload, self._shard.push_elements(record.fragment))
-        except CodecError as error:
-            raise StorageError(f"record {number} of the journal cannot be replayed: {error}; {_REPAIR}") from error
-        self._in_lane(record.fragment, lambda: values.follow(record.decision, codec, payload))
+        payload, decision = record.payload, record.decision
+        if min(decision.bins_opened_before, decision.bins_opened_after) < 0:
+            raise ValueError("it opens less than no bins")
+        if (decision.contribution is None) != (codec is None):
+            raise ValueError("it has a contribution without a push, or a push that contributes nothing")
+        if codec is not None and payload is not None:
+            codec.check(payload, self._shard.push_elements(record.fragment))
+        self._in_lane(record.fragment, lambda: values.follow(decision, codec, payload))
         self._shard.keep(
             record.fragment,
-            record.decision,
+            decision,
             record.ledger,
             record.push.worker if record.push is not None else None,
             record.norm,

@@ -24,13 +24,14 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from paceline_server.hosted import FragmentCopy, FragmentMeta
 from paceline_server.membership import MembershipState
 from paceline_server.storage.directory import ShardDirectory, sync_directory
 from paceline_server.storage.encoding import read_manifest, write_manifest
-from paceline_wire.errors import StorageError, StorageFullError
+from paceline_wire.errors import InvalidInputError, StorageError, StorageFullError
 from paceline_wire.manifest import Manifest
 
 FORMAT_VERSION = 1
@@ -195,9 +196,9 @@ def load_snapshot(path: Path) -> LoadedSnapshot:
     meta = read_snapshot_meta(path)
     try:
         manifest = read_manifest(_read(path, meta, _TENSORS_FILE))
-    except ValueError as error:
+        indexes = [fragment.index for fragment in manifest.fragments_of_shard(meta.shard, meta.num_shards)]
+    except (ValueError, InvalidInputError) as error:
         raise StorageError(f"{path / _TENSORS_FILE}: {error}") from error
-    indexes = [fragment.index for fragment in manifest.fragments_of_shard(meta.shard, meta.num_shards)]
     with ThreadPoolExecutor(os.cpu_count(), "paceline-snapshot") as threads:
         copies = threads.map(lambda index: _read_fragment(path, meta, index), indexes)
         return LoadedSnapshot(meta=meta, manifest=manifest, fragments=dict(zip(indexes, copies, strict=True)))
@@ -216,7 +217,8 @@ def read_snapshot_meta(path: Path) -> SnapshotMeta:
         raise StorageError(f"the snapshot {path} has no readable {MANIFEST_FILE}: {error.strerror}") from error
     except ValidationError as error:
         raise StorageError(f"{path / MANIFEST_FILE} does not say what it should: {error}") from error
-    if meta.crc32 != zlib.crc32(_head(data)):
+    head = _head(data)
+    if not head or meta.crc32 != zlib.crc32(head):
         raise StorageError(f"{path / MANIFEST_FILE} is damaged: its checksum does not fit")
     if meta.version != FORMAT_VERSION:
         raise StorageError(f"the snapshot {path} is of version {meta.version}; this version reads {FORMAT_VERSION}")
@@ -229,9 +231,19 @@ def _read_fragment(path: Path, meta: SnapshotMeta, index: int) -> FragmentCopy:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         said = _FRAGMENT_META.validate_json(header["__metadata__"][_FRAGMENT_KEY])
-        return FragmentCopy(vectors=safetensors.torch.load(data), meta=said)
-    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        vectors = safetensors.torch.load(data)
+        _require_vectors(vectors)
+        return FragmentCopy(vectors=vectors, meta=said)
+    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise StorageError(f"{path / name} is not a fragment: {error}") from error
+
+
+def _require_vectors(vectors: Mapping[str, torch.Tensor]) -> None:
+    if "w" not in vectors:
+        raise ValueError("it has no parameters")
+    for name, vector in vectors.items():
+        if vector.dtype is not torch.float32 or vector.dim() != 1:
+            raise ValueError(f"{name} is {vector.dtype} {list(vector.shape)}, not float32 [n]")
 
 
 def _read(folder: Path, meta: SnapshotMeta, name: str) -> bytes:
@@ -255,8 +267,8 @@ def remove_snapshots_before(directory: ShardDirectory, number: int) -> None:
 
 
 def _head(data: bytes) -> bytes:
-    """What stands before the checksum."""
-    return data[: data.rindex(b'"crc32":')]
+    """What stands before the checksum; nothing if there is none."""
+    return data[: max(data.rfind(b'"crc32":'), 0)]
 
 
 def _fragment_file(index: int) -> str:

@@ -25,7 +25,7 @@ def write_state(
     Raises:
         StorageError: It cannot be written.
     """
-    if shard.manifest is None:
+    if shard.manifest is None or not shard.initialized:
         raise StorageError(f"the run in {directory.path} has no parameters yet: there is nothing to write")
     directory.create()
     writer = SnapshotWriter(directory, number)
