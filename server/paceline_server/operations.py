@@ -1,9 +1,9 @@
 """What operators do to a shard in operation. Every act is in the audit log, whether it was done or refused."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from paceline_server.audit import AuditEntry, AuditLog, utc_now
 from paceline_server.caller import Caller
@@ -21,6 +21,8 @@ from paceline_server.live_configuration import (
 )
 from paceline_server.storage.snapshotter import Snapshotter, WrittenSnapshot
 from paceline_wire.errors import InvalidInputError, PacelineError
+
+_Outcome = TypeVar("_Outcome")
 
 MOST_REASON_CHARACTERS = 500
 """Of the reason for an eviction, which the worker is told in an error."""
@@ -45,7 +47,6 @@ class Operations:
     """The acts of operators on one shard. Belongs to one event loop.
 
     Attributes:
-        draining: Whether the shard was asked to end.
         audit: What was done.
 
     Args:
@@ -70,14 +71,19 @@ class Operations:
         end: Callable[[], None],
     ) -> None:
         self.audit = audit
-        self.draining = False
         self._engine = engine
         self._live = live
         self._snapshotter = snapshotter
         self._keep_settings = keep_settings
         self._stop_serving = stop_serving
         self._end = end
-        self._acts: set[asyncio.Task[Drained]] = set()
+        self._draining: asyncio.Task[Drained] | None = None
+        self._begun: set[asyncio.Task[Any]] = set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the shard was asked to end."""
+        return self._draining is not None
 
     async def drain(self, caller: Caller, *, discard_state: bool) -> Drained:
         """Take no new pushes, answer those that are here, write a snapshot, and end the process.
@@ -88,11 +94,9 @@ class Operations:
         if self._snapshotter is None and not discard_state:
             sentence = f"{_IN_MEMORY}; export the parameters, and then drain with --discard"
             await self._refused(caller, "drain", InvalidInputError(sentence))
-        if not self._acts:
-            self.draining = True
-            self._acts.add(asyncio.create_task(self._drain(caller)))
-        # The caller may hang up; what has begun goes on.
-        return await asyncio.shield(next(iter(self._acts)))
+        if self._draining is None:
+            self._draining = self._begin(self._drain(caller))
+        return await asyncio.shield(self._draining)
 
     async def _drain(self, caller: Caller) -> Drained:
         try:
@@ -146,7 +150,7 @@ class Operations:
         if self._snapshotter is None:
             await self._refused(caller, "snapshot", InvalidInputError(_IN_MEMORY))
         try:
-            written = await asyncio.shield(asyncio.ensure_future(self._snapshotter.write()))
+            written = await asyncio.shield(self._begin(self._snapshotter.write()))
         except PacelineError as error:
             await self._refused(caller, "snapshot", error)
         await self._note(caller, "snapshot", new=str(written.path))
@@ -159,7 +163,7 @@ class Operations:
             InvalidInputError: A value is not allowed or cannot change now; nothing has changed.
             StorageFullError: The disk has no room to note it; nothing has changed.
         """
-        return await asyncio.shield(asyncio.ensure_future(self._configure(caller, values)))
+        return await asyncio.shield(self._begin(self._configure(caller, values)))
 
     async def _configure(self, caller: Caller, values: Mapping[str, Value]) -> tuple[ServerConfig, ServerConfig, bool]:
         async with self._live.changing:
@@ -177,6 +181,13 @@ class Operations:
         for key, value in values.items():
             await self._note_change(caller, before, key, value, "done" if is_kept else "done, until the next restart")
         return before, after, is_kept
+
+    def _begin(self, act: Coroutine[Any, Any, _Outcome]) -> "asyncio.Task[_Outcome]":
+        """Begin an act that goes on to its end, should its caller hang up."""
+        task = asyncio.create_task(act)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return task
 
     def _take(self, config: ServerConfig) -> None:
         shard = self._engine.shard

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,29 @@ def test_what_cannot_be_reached_is_named(served: str) -> None:
     assert "does not speak HTTP/2" in problems(found)["reach"]
     with paceline_server.local({"security": {"tokens": ["secret"]}}) as guarded:
         assert doctor(guarded, "--token", "wrong", code=4)["error"] == "UnauthenticatedError"
+
+
+def test_a_server_that_answers_no_probes_is_no_fault(served: str) -> None:
+    """One of before, which knows no `Probe`, is warned of; what can be found without is."""
+    with RawWorker(served) as raw:
+        description = raw.describe()
+    describe = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: description,
+        request_deserializer=pb.DescribeRequest.FromString,
+        response_serializer=pb.DescribeResponse.SerializeToString,
+    )
+    older = grpc.server(ThreadPoolExecutor(2))
+    service = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
+    older.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Describe": describe}),))
+    port = older.add_insecure_port("127.0.0.1:0")
+    description.shards[0].port = port
+    older.start()
+    try:
+        found = doctor(f"127.0.0.1:{port}", code=1)
+    finally:
+        older.stop(None).wait(PATIENCE_S)
+    assert "answers no probes" in problems(found)["round trip"]
+    assert found["reach"]["http2"] is True
 
 
 def test_it_prints_for_people(served: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from paceline.channels import Access, error_of
+from paceline.channels import Access, error_of_status
 from paceline_wire import bulk
 from paceline_wire.bulk import Bulk
 from paceline_wire.errors import PacelineError
@@ -278,13 +278,8 @@ class Prober:
 
     async def _ended(self, call: Any) -> PacelineError:
         """Why a call ended before it should."""
-        try:
-            await call
-        except grpc.RpcError as error:
-            return error_of(error, self._target)
-        except (asyncio.CancelledError, asyncio.InvalidStateError, TypeError):
-            return PacelineError(f"a probe of {self._target} ended early")
-        return PacelineError(f"a probe of {self._target} ended early")
+        code, details, metadata = await call.code(), await call.details(), await call.trailing_metadata()
+        return error_of_status(code, details, metadata, self._target)
 
 
 @asynccontextmanager
