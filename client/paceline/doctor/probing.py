@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from paceline.calls import CALL_S, called
 from paceline.channels import Access, error_of_status
 from paceline_wire import bulk
 from paceline_wire.bulk import Bulk
@@ -145,6 +146,7 @@ class Prober:
             PacelineError: The shard refuses, cannot be reached, or answers no probes.
         """
         (channel,) = self._opened(1)
+        await self._require_probes(channel)
         took_s: list[float] = []
         ahead_s: list[float] = []
         async with self._probe(channel) as call:
@@ -253,6 +255,13 @@ class Prober:
                 _, data = await self._next(call)
                 received += len(data)
                 arrivals.note(index, time.perf_counter(), received)
+
+    async def _require_probes(self, channel: grpc.aio.Channel) -> None:
+        """Send one ping as a call with one answer: a stream that is refused as it begins may lose the reason."""
+        method = f"/{pb.DESCRIPTOR.services_by_name['ParameterServerService'].full_name}/Probe"
+        serialize, deserialize = pb.ProbeRequest.SerializeToString, pb.ProbeResponse.FromString
+        call = channel.unary_unary(method, request_serializer=serialize, response_deserializer=deserialize)
+        await called(call(pb.ProbeRequest(ping=0), timeout=CALL_S, metadata=self._access.metadata), self._target)
 
     def _opened(self, connections: int) -> list[grpc.aio.Channel]:
         while len(self._channels) < connections:
