@@ -41,6 +41,12 @@ class SecurityConfig(Section):
         description="File with further tokens, one a line; lines that start with # are comments.",
     )
 
+    insecure: bool = Field(
+        default=False,
+        description="Listen beyond loopback even without TLS, or without asking callers who they are: whoever reaches "
+        "the port may then read and change the run.",
+    )
+
     @field_validator("tls_cert", "tls_key", "client_ca")
     @classmethod
     def _file_is_readable(cls, path: Path | None) -> Path | None:
@@ -75,6 +81,16 @@ class SecurityConfig(Section):
         if token_file is not None:
             _read_tokens(token_file)
         return token_file
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls_cert is not None
+
+    @property
+    def asks_who_calls(self) -> bool:
+        """Whether callers must show a certificate or a token."""
+        return self.client_ca is not None or bool(self.tokens) or self.token_file is not None
 
     def accepted_tokens(self) -> tuple[str, ...]:
         """Return the tokens given and those now in the token file, each once. Empty: no token is asked for.

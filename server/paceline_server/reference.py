@@ -58,7 +58,7 @@ def _table(title: str, summary: str | None, fields: Iterable[ConfigField]) -> st
 
 
 def _row(field: ConfigField) -> str:
-    flags = field.flags if field.annotation is not bool else (field.flag, field.flag.replace("--", "--no-"))
+    flags = field.flags if field.annotation is not bool else (*field.flags, field.flag.replace("--", "--no-"))
     default = "left out" if field.default is None else f"`{field.default}`"
     cells = [
         f"`{field.path}`",

@@ -18,6 +18,7 @@ from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.held import Holdings
+from paceline_server.security.exposure import refuse_exposed
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.storage.directory import ShardDirectory
@@ -63,11 +64,12 @@ class ShardServer:
         index: Which of its shards this is.
 
     Raises:
-        ConfigurationError: The outer rule cannot be had.
+        ConfigurationError: The outer rule cannot be had, or the run would be open to whoever reaches the port.
         StorageError: The data directory is in use, damaged, or of another run.
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
+        refuse_exposed(config)
         keep_large_buffers()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
