@@ -86,7 +86,7 @@ def _announce(config: ServerConfig, ports: list[int], recoveries: list[dict[str,
         _announce_recovery(shard, recovery)
     reachable = f"{socket.gethostname()}:{ports[0]}" if config.host in ("0.0.0.0", "::") else addresses[0]  # noqa: S104
     arguments = [repr(reachable), "model", "optimizer"]
-    arguments += ["token=..."] if config.security.accepted_tokens() else []
+    arguments += ["token=..."] if config.security.asks_for_tokens else []
     arguments += ["tls=..."] if config.security.tls_cert else []
     click.echo(f"workers join with: paceline.join({', '.join(arguments)})")
 

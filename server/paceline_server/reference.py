@@ -23,8 +23,8 @@ A list is written as a TOML list in the file and with commas elsewhere. Relative
 `paceline_server.local(config)` takes a mapping of the same form as the file, and reads no environment.
 
 What is unknown or wrong is an error that says where it was found and what is allowed; all of it is listed at once.
-Every variable that begins with `PACELINE_` must be a field, except `PACELINE_CONFIG`, `PACELINE_TOKEN` (a worker's
-token) and what Kubernetes sets for services named `paceline` or `paceline-...`.
+Every variable that begins with `PACELINE_` must be a field, except `PACELINE_CONFIG`, `PACELINE_TOKEN` and
+`PACELINE_TOKEN_FILE` (a worker's token) and what Kubernetes sets for services named `paceline` or `paceline-...`.
 
     listen = "0.0.0.0:7070"
 

@@ -10,7 +10,6 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
 from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
 from paceline_server.config import ServerConfig
@@ -18,7 +17,10 @@ from paceline_server.construction import run_configuration
 from paceline_server.engine import Engine
 from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEvidence
 from paceline_server.held import Holdings
+from paceline_server.security.credentials import Credentials
 from paceline_server.security.exposure import refuse_exposed
+from paceline_server.security.gate import Gate
+from paceline_server.security.limits import Allowances
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.storage.directory import ShardDirectory
@@ -53,6 +55,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
+    # Calls of one connection at once; a worker has a handful. The others wait at the caller's end.
+    ("grpc.max_concurrent_streams", 128),
 )
 
 
@@ -64,12 +68,14 @@ class ShardServer:
         index: Which of its shards this is.
 
     Raises:
-        ConfigurationError: The outer rule cannot be had, or the run would be open to whoever reaches the port.
+        ConfigurationError: The outer rule or a file of [security] cannot be used, or the run would be open to
+            whoever reaches the port.
         StorageError: The data directory is in use, damaged, or of another run.
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
         refuse_exposed(config)
+        self._credentials = Credentials(config.security)
         keep_large_buffers()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
         torch.set_num_threads(1)
@@ -94,10 +100,8 @@ class ShardServer:
         self._service = ParameterServerService(
             self._engine, run_configuration(config), config.exchange.fragment_elements, self._shards
         )
-        tokens = config.security.accepted_tokens()
-        self._server = grpc.aio.server(
-            interceptors=[TokenInterceptor(tokens)] if tokens else [], options=list(_CHANNEL_OPTIONS)
-        )
+        self._gate = Gate(self._credentials, Allowances(config.limits))
+        self._server = grpc.aio.server(interceptors=[self._gate], options=list(_CHANNEL_OPTIONS))
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
         self._register()
@@ -116,15 +120,14 @@ class ShardServer:
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{config.port + self._index if config.port else 0}"
-        credentials = server_credentials(config.security)
+        credentials = self._credentials.for_port()
         try:
             if credentials is None:
                 return self._server.add_insecure_port(address)
             return self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigurationError(
-                f"cannot listen on {address}: the port is taken, the address is not this machine's, "
-                "or the TLS files do not fit together"
+                f"cannot listen on {address}: the port is taken, or the address is not this machine's"
             ) from error
 
     async def start(self, shards: list[pb.Shard]) -> None:
@@ -137,6 +140,7 @@ class ShardServer:
         await self._store.begin()
         await self._server.start()
         self._begin(watch_time(self._engine))
+        self._begin(self._gate.watch())
         if self._snapshotter is not None:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
