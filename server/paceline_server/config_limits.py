@@ -15,7 +15,8 @@ class LimitsConfig(Section):
         default=32,
         ge=1,
         le=100_000,
-        description="Streams that one identity may have open: exchanges, fetches and uploads. A worker has up to eight.",
+        description="Streams that one identity may have open: exchanges, fetches and uploads. A worker has up to "
+        "eight.",
     )
     mbit: float = Field(
         default=1000.0,

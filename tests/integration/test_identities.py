@@ -109,7 +109,7 @@ async def test_an_observer_looks_and_does_nothing_else(run: tuple[str, Path, boo
     async with paceline.connect(run[0], **access(run, *OBSERVER)) as client:
         assert (await client.fetch()).bins
         assert len(await client.statuses()) == 2
-    with pytest.raises(PermissionDeniedError, match="observer 'eve' may not call Join: .* worker or admin"):
+    with pytest.raises(PermissionDeniedError, match=r"observer 'eve' may not call Join: .* worker or admin"):
         async with paceline.connect(run[0], worker_id="eve", **access(run, *OBSERVER)):
             pass
 
@@ -120,14 +120,16 @@ def test_every_message_with_a_worker_is_checked(tmp_path: Path, name: str) -> No
     folder = tmp_path / "certs"
     make_authority(folder, *IDENTITIES)
     security = {"token_key": security_of(folder)["token_key"]}
-    with paceline_server.local({"security": security}) as address:
-        with RawWorker(address, "a", token=token_of(folder, "a")) as own:
-            own.join()
-            other = RawWorker(address, "a", token=token_of(folder, "b"))
-            other.worker.CopyFrom(own.worker)
-            with other:
-                assert refused_end(other, name).error == "PermissionDeniedError"
-            own.heartbeat()
+    with (
+        paceline_server.local({"security": security}) as address,
+        RawWorker(address, "a", token=token_of(folder, "a")) as own,
+        RawWorker(address, "a", token=token_of(folder, "b")) as other,
+    ):
+        own.join()
+        own.initialize(pb.Manifest(fragment_elements=4_194_304), {})
+        other.worker.CopyFrom(own.worker)
+        assert refused_end(other, name).error == "PermissionDeniedError"
+        own.heartbeat()
 
 
 def refused_end(raw: RawWorker, name: str) -> Ended:

@@ -55,7 +55,8 @@ class Credentials:
 
     def look(self) -> bool:
         """Read again what has changed on the disk; returns whether anything did. Blocks on the disk."""
-        return any([each.look() for each in (self._certificate, self._tokens, self._keys, self._revoked)])
+        changed = [each.look() for each in (self._certificate, self._tokens, self._keys, self._revoked)]
+        return any(changed)
 
     def identify(self, authorization: str, certificate: bytes | None) -> Identity:
         """Who a caller is.
@@ -105,7 +106,7 @@ class Credentials:
 
     def _newer_certificate(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC, in a thread of its own, before each handshake; None: nothing has changed."""
-        newest = self._certificate.content
+        newest: grpc.ServerCertificateConfiguration | None = self._certificate.content
         if newest is self._shown:
             return None
         self._shown = newest

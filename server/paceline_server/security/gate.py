@@ -140,9 +140,9 @@ class Gate(grpc.aio.ServerInterceptor):
     async def _let_in(self, method: str, context: Context) -> tuple[Caller, _Running]:
         """Find out who calls, whether it may, and wait for its turn; or end the call."""
         authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
-        pems = (context.auth_context() or {}).get("x509_pem_cert") or [None]
+        certificate = next(iter((context.auth_context() or {}).get("x509_pem_cert", ())), None)
         try:
-            identity = self._credentials.identify(authorization, pems[0])
+            identity = self._credentials.identify(authorization, certificate)
             allowance = self._allowances.of(identity.name)
             if allowance is not None:
                 await allowance.call()
@@ -156,7 +156,7 @@ class Gate(grpc.aio.ServerInterceptor):
             raise RuntimeError("a call is served outside a task")
         caller = Caller(identity=identity, allowance=allowance)
         serve_for(caller)
-        return caller, _Running(identity, authorization, pems[0], task, [])
+        return caller, _Running(identity, authorization, certificate, task, [])
 
     @staticmethod
     async def _refuse_slowly(context: Context, error: LimitExceededError) -> NoReturn:

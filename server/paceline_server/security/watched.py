@@ -1,7 +1,6 @@
 """Files that are read again when they change, while a shard runs."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -54,7 +53,7 @@ class WatchedFiles(Generic[_Content]):
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes when a file is written or replaced, links followed; None: it is not there."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size
