@@ -9,13 +9,13 @@ numbers).
 A command in host b, with a server in host a:
 
     python benchmarks/link.py --rate-mbit 1000 --delay-ms 50 --loss 0.001 \
-        --server "paceline serve --listen 10.77.0.1:7070" -- python train.py --address 10.77.0.1:7070
+        --server "paceline serve --insecure --listen 10.77.0.1:7070" -- python train.py --address 10.77.0.1:7070
 
 As a library; commands are processes of their own, since a process is in one host:
 
     with Link(LinkShape(rate_mbit=1000, delay_ms=50)) as link:
         a, b = link.hosts
-        server = a.popen(["paceline", "serve", "--listen", f"{a.address}:7070"])
+        server = a.popen(["paceline", "serve", "--insecure", "--listen", f"{a.address}:7070"])
         client = b.popen([sys.executable, "worker.py", f"{a.address}:7070"])
 
 More hosts than two make a star: host a is the hub, and every other host has such a link of its own to it, so a server

@@ -90,7 +90,8 @@ def measure(setting: Setting, rounds: int, connections: str) -> dict[str, Any]:
     with Link(setting.shape) as link:
         server_host, worker_host = link.hosts
         serving = ["-m", "paceline", "serve", "--listen", f"{server_host.address}:{PORT}", "--schedule.quota", "1"]
-        serving += ["--exchange.uplink", setting.uplink, "--exchange.downlink", setting.downlink]
+        # Nobody else is in this namespace.
+        serving += ["--insecure", "--exchange.uplink", setting.uplink, "--exchange.downlink", setting.downlink]
         serving += [
             "--exchange.connections",
             connections,

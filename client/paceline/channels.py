@@ -96,10 +96,12 @@ class Access:
     Attributes:
         tls: None: no TLS.
         token: The run's token, if it has one.
+        token_file: The file that has it, which is read for every call, so that a renewed one is taken.
     """
 
     tls: TLS | None = None
     token: str | None = None
+    token_file: Path | None = None
 
     @classmethod
     def of(cls, tls: "TLS | str | Path | bool | None", token: str | None) -> "Access":
@@ -107,19 +109,28 @@ class Access:
 
         Args:
             tls: None or False: no TLS; True: verify with the system's authorities; a path: with that CA file.
-            token: The run's token; None: the variable PACELINE_TOKEN, if it is set.
+            token: The run's token; None: the variable PACELINE_TOKEN, or what is in the file that PACELINE_TOKEN_FILE
+                names, if one of them is set.
+
+        Raises:
+            InvalidInputError: That file cannot be read.
         """
         token = token or os.environ.get("PACELINE_TOKEN")
+        path = os.environ.get("PACELINE_TOKEN_FILE")
+        token_file = Path(path) if path and not token else None
+        if token_file is not None:
+            _token_in(token_file)
         if tls is True:
-            return cls(tls=TLS(), token=token)
-        if isinstance(tls, str | Path):
-            return cls(tls=TLS(ca=tls), token=token)
-        return cls(tls=tls or None, token=token)
+            tls = TLS()
+        elif isinstance(tls, str | Path):
+            tls = TLS(ca=tls)
+        return cls(tls=tls or None, token=token, token_file=token_file)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The metadata of every call."""
-        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+        token = self.token if self.token_file is None else _token_in(self.token_file)
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
     def channel(self, target: str, ping_s: int = PING_S) -> grpc.aio.Channel:
         """A channel to "host:port".
@@ -186,6 +197,14 @@ def backoff_s(jitter: random.Random) -> Iterator[float]:
     while True:
         yield jitter.uniform(longest / 2, longest)
         longest = min(2 * longest, LONGEST_BACKOFF_S)
+
+
+def _token_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidInputError(f"the token file {path} (PACELINE_TOKEN_FILE) cannot be read: {reason}") from None
 
 
 def _read(path: str | Path | None) -> bytes | None:

@@ -50,6 +50,8 @@ EXIT_CODES: dict[type[errors.PacelineError], ExitCode] = {
     errors.CodecError: ExitCode.INTERNAL,
     errors.UnavailableError: ExitCode.UNREACHABLE,
     errors.UnauthenticatedError: ExitCode.REFUSED,
+    errors.PermissionDeniedError: ExitCode.REFUSED,
+    errors.LimitExceededError: ExitCode.REFUSED,
     errors.ProtocolVersionError: ExitCode.REFUSED,
     errors.ManifestMismatchError: ExitCode.REFUSED,
     errors.NotInitializedError: ExitCode.REFUSED,

@@ -4,6 +4,7 @@ torch and grpc are imported by the functions that need them: `paceline --help` l
 """
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from google.protobuf.message import Message
 
+    from paceline.channels import TLS
     from paceline_wire.manifest import Manifest
     from paceline_wire.v1 import admin_pb2
 
@@ -27,22 +29,37 @@ REACH_S = 5.0
 
 def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the address and the options that every connection needs."""
-    advice = "The run's token. Others on this machine can see flags, but not variables."
+    advice = "The run's token. Others on this machine can see flags, but not variables; or PACELINE_TOKEN_FILE=FILE."
     ca = click.Path(exists=True, dir_okay=False)
+
+    @functools.wraps(command)
+    def connecting(*args: Any, tls_cert: str | None, tls_key: str | None, **arguments: Any) -> Any:
+        context = click.get_current_context()
+        if context.get_parameter_source("token") is click.core.ParameterSource.COMMANDLINE:
+            click.echo("Warning: whoever is on this machine can see the token in the list of processes.", err=True)
+        if tls_cert or tls_key:
+            from paceline.channels import TLS
+
+            arguments["tls_ca"] = TLS(ca=arguments["tls_ca"], cert=tls_cert, key=tls_key)
+        return command(*args, **arguments)
+
+    decorated: Callable[..., Any] = connecting
     for option in (
+        click.option("--tls-key", type=ca, help="The private key of that certificate."),
+        click.option("--tls-cert", type=ca, help="Certificate to show to a server that asks for one."),
         click.option("--tls-ca", type=ca, help="CA file to verify the server with."),
         click.option("--tls", is_flag=True, help="Use TLS and verify with the system's authorities."),
         click.option("--token", envvar="PACELINE_TOKEN", show_envvar=True, help=advice),
         click.argument("address"),
     ):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
 @click.command()
 @connection_options
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
-def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_json: bool) -> None:
+def status(address: str, token: str | None, tls: bool, tls_ca: "TLS | str | None", as_json: bool) -> None:
     """One look at the run served at ADDRESS (host:port of any shard)."""
     shards = asyncio.run(_statuses(address, token, tls_ca or tls))
     if as_json:
@@ -66,7 +83,7 @@ def status(address: str, token: str | None, tls: bool, tls_ca: str | None, as_js
 @connection_options
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object about what was written.")
-def export(address: str, token: str | None, tls: bool, tls_ca: str | None, output: Path, as_json: bool) -> None:
+def export(address: str, token: str | None, tls: bool, tls_ca: "TLS | str | None", output: Path, as_json: bool) -> None:
     """Write the run's parameters to OUTPUT as safetensors, under the model's own names and in its dtypes.
 
     ADDRESS is host:port of a running server, or the data directory of a stopped one.
@@ -96,7 +113,7 @@ def _data_directory_reader() -> "Callable[[Path], tuple[Manifest, dict[str, torc
     return reader
 
 
-async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[admin_pb2.StatusResponse]":
+async def _statuses(address: str, token: str | None, tls: "TLS | str | bool") -> "list[admin_pb2.StatusResponse]":
     # Not through `connect`: a look at a run needs no torch, which takes seconds to import.
     from paceline.channels import Access
     from paceline.shards import on_every_shard, status_of
@@ -108,7 +125,9 @@ async def _statuses(address: str, token: str | None, tls: str | bool) -> "list[a
     return [outcome.answer for outcome in outcomes if outcome.answer is not None]
 
 
-async def _parameters(address: str, token: str | None, tls: str | bool) -> "tuple[Manifest, dict[str, torch.Tensor]]":
+async def _parameters(
+    address: str, token: str | None, tls: "TLS | str | bool"
+) -> "tuple[Manifest, dict[str, torch.Tensor]]":
     from paceline.client import connect
 
     async with connect(address, token=token, tls=tls, reach_s=REACH_S) as client:

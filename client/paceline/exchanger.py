@@ -71,7 +71,7 @@ class ExchangeSettings:
         locate: Says where the shards are now; None: they stay where they are.
     """
 
-    worker_id: str
+    worker_id: str | None
     access: Access
     overlap: Overlap
     uplink: str | None
@@ -133,7 +133,7 @@ class Exchanger:
         """Bring model and run together, and become a member."""
         manifest = manifest_of(tensors, averaged, session.fragment_elements)
         self._wait_for(session.initialize(manifest, tensors))
-        self._wait_for(session.join(new_worker(self._settings.worker_id)))
+        self._wait_for(session.join(new_worker(self._settings.worker_id or session.new_name())))
         first = session.connections[0]
         self.worker_index = first.membership.worker_index
         settings = WorkerSettings(

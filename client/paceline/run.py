@@ -1,9 +1,6 @@
 """`join`: makes an unchanged training loop a worker of a run, by a hook on its optimizer's step."""
 
 import logging
-import os
-import secrets
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -284,7 +281,8 @@ def join(
         model: Its parameters may be on any device, in float32, bfloat16 or float16.
         optimizer: Any torch optimizer; steps that an AMP GradScaler skips do not count.
         inner_steps: Inner steps in a round; None: as the server says, which gives slower workers fewer.
-        worker_id: This worker's name, the same after a restart; None: a new name from host and process.
+        worker_id: This worker's name, the same after a restart; None: a new name from the credential's,
+            host and process.
         token: The run's token; None: the variable PACELINE_TOKEN, if set.
         tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
         uplink: Codec of pushes; None: as the server says.
@@ -318,7 +316,7 @@ def join(
     if inner_steps is not None and inner_steps < 1:
         raise InvalidInputError(f"inner_steps is {inner_steps}; it must be at least 1")
     settings = ExchangeSettings(
-        worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}",
+        worker_id=worker_id,
         access=Access.of(tls, token),
         overlap=Overlap(overlap),
         uplink=uplink,

@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import os
+import secrets
+import socket
 import time
 from collections.abc import Mapping
 
@@ -42,6 +45,7 @@ class Session:
         targets: "host:port" of every shard, in order.
         manifest: What the run exchanges; None until it is initialized.
         initialization_id: The upload that its parameters come from; 0 until it is known.
+        caller: The name that the server knows this client's credential by; "" if it names nobody.
         worker: As whom it has joined; without a name before.
         connections: The member's connections, one to each shard.
 
@@ -66,6 +70,7 @@ class Session:
         self.targets = targets
         self.manifest = Manifest.from_wire(description.manifest) if description.HasField("manifest") else None
         self.initialization_id = int(description.initialization_id)
+        self.caller = description.caller
         self.worker = pb.Worker()
         self.connections: list[ShardConnection] = []
         self._access = access
@@ -75,6 +80,11 @@ class Session:
         self._stubs = [pb_grpc.ParameterServerServiceStub(channel) for channel in self._channels]
         self._left: list[grpc.aio.Channel] = []
         self._following = asyncio.create_task(self._follow(locate)) if locate is not None else None
+
+    def new_name(self) -> str:
+        """A name that no other worker has, from host and process, under which the credential lets this one act."""
+        name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        return f"{self.caller}.{name}" if self.caller else name
 
     async def join(self, worker: pb.Worker) -> None:
         """Become a member on every shard.

@@ -90,6 +90,19 @@ class UnauthenticatedError(PacelineError):
     grpc_code = "UNAUTHENTICATED"
 
 
+class PermissionDeniedError(PacelineError):
+    """The caller's credential is good, but not for this: its role may not, or the worker's name is another's."""
+
+    grpc_code = "PERMISSION_DENIED"
+
+
+class LimitExceededError(PacelineError):
+    """The caller has taken all that one identity may at once; the same succeeds later."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+
 class UnavailableError(PacelineError):
     """The peer cannot be reached, or is stopping or starting. Nothing was decided; try again."""
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import grpc.aio
 
+from paceline_server.security.caller import caller
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
@@ -20,10 +22,8 @@ class Caller:
 
 
 def caller_of(context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
-    """Who makes a call: the name in its verified certificate, where one was asked for."""
-    names = list(context.auth_context().get("x509_common_name") or ())
-    identity = names[0].decode(errors="replace") if names else ""
-    return Caller(identity=identity, peer=str(context.peer()))
+    """Who makes a call: the name that its credential stands for, as the gate found it."""
+    return Caller(identity=caller().identity.name or "", peer=str(context.peer()))
 
 
 def host_of(caller: Caller) -> str:

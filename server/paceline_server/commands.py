@@ -91,7 +91,7 @@ def _announce(config: ServerConfig, ports: list[int], recoveries: list[dict[str,
     for shard, recovery in by_shard:
         _announce_recovery(shard, recovery)
     arguments = [repr(_reachable(config, addresses[0])), "model", "optimizer"]
-    arguments += ["token=..."] if config.security.accepted_tokens() else []
+    arguments += ["token=..."] if config.security.asks_for_tokens else []
     arguments += ["tls=..."] if config.security.tls_cert else []
     click.echo(f"workers join with: paceline.join({', '.join(arguments)})")
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from paceline_server.config_base import MAX_PORT, Section, check_host, split_address
 from paceline_server.config_guard import GuardConfig
+from paceline_server.config_limits import LimitsConfig
 from paceline_server.config_outer import OuterConfig
 from paceline_server.config_security import SecurityConfig
 
@@ -265,6 +266,7 @@ class ServerConfig(Section):
     guard: GuardConfig = Field(default_factory=GuardConfig)
     storage: StorageConfig = Field(default_factory=StorageConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
 
     @field_validator("listen")
     @classmethod

@@ -17,7 +17,11 @@ from paceline_server.config_base import Section
 
 ENVIRONMENT_PREFIX = "PACELINE_"
 
-SHORT_FLAGS = {"security.tls_cert": "--tls-cert", "security.tls_key": "--tls-key"}
+SHORT_FLAGS = {
+    "security.tls_cert": "--tls-cert",
+    "security.tls_key": "--tls-key",
+    "security.insecure": "--insecure",
+}
 """Second names of flags that are typed often."""
 
 _TYPE_NAMES: dict[Any, str] = {bool: "boolean", int: "integer", float: "float", str: "text", Path: "path"}

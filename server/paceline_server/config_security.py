@@ -1,4 +1,4 @@
-"""The security part of the configuration: TLS files, and the tokens that workers present.
+"""The security part of the configuration: TLS files, and what callers must present.
 
 Tokens never appear in a repr, a dump or an error.
 """
@@ -41,7 +41,23 @@ class SecurityConfig(Section):
         description="File with further tokens, one a line; lines that start with # are comments.",
     )
 
-    @field_validator("tls_cert", "tls_key", "client_ca")
+    token_key: Path | None = Field(
+        default=None,
+        description="PEM file with the public key that signed tokens are checked with, or several (paceline certs). A "
+        "signed token names who presents it and ends by itself; the tokens above let in any worker, for ever.",
+    )
+    revoked: Path | None = Field(
+        default=None,
+        description="File with the ids of revoked tokens and certificates, one at the beginning of each line. It is "
+        "read again when it changes, as are all files of this table.",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Listen beyond loopback even without TLS, or without asking callers who they are: whoever reaches "
+        "the port may then read and change the run.",
+    )
+
+    @field_validator("tls_cert", "tls_key", "client_ca", "token_key", "revoked")
     @classmethod
     def _file_is_readable(cls, path: Path | None) -> Path | None:
         if path is not None:
@@ -75,6 +91,21 @@ class SecurityConfig(Section):
         if token_file is not None:
             _read_tokens(token_file)
         return token_file
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls_cert is not None
+
+    @property
+    def asks_who_calls(self) -> bool:
+        """Whether callers must show a certificate or a token."""
+        return self.client_ca is not None or self.asks_for_tokens
+
+    @property
+    def asks_for_tokens(self) -> bool:
+        """Whether callers must show a token."""
+        return bool(self.tokens) or self.token_file is not None or self.token_key is not None
 
     def accepted_tokens(self) -> tuple[str, ...]:
         """Return the tokens given and those now in the token file, each once. Empty: no token is asked for.

@@ -16,6 +16,7 @@ from paceline_server.engine import Engine
 from paceline_server.held import Form, Holding
 from paceline_server.ledger import Answer, PushRequest
 from paceline_server.received import ReceivedPush
+from paceline_server.security.limits import Allowance
 from paceline_server.updates import Encoded, Written
 from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
@@ -98,6 +99,7 @@ class ExchangeStream:
         write: Sends one message; returns when gRPC has room for the next.
         index: Which of the worker's streams it is.
         report_received: Whether the worker wants to know how much has arrived.
+        allowance: What the caller may take of the shard; None: it has no limits.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class ExchangeStream:
         *,
         index: int = 0,
         report_received: bool = False,
+        allowance: Allowance | None = None,
     ) -> None:
         self.worker = worker
         self.index = index
@@ -119,6 +122,7 @@ class ExchangeStream:
         self._incoming: _Incoming | None = None
         self._holding: Holding | None = None
         self._processing = asyncio.Semaphore(MAX_PROCESSING)
+        self._allowance = allowance
         self._unsent: asyncio.Queue[tuple[int, Answer, _Queued | None]] = asyncio.Queue()
         self._num_encoded = 0
         self._num_deferred = 0
@@ -229,6 +233,9 @@ class ExchangeStream:
             base_bin=push.base_bin,
             tokens=push.tokens if push.HasField("tokens") else None,
         )
+        if self._allowance is not None:
+            open_bin = self._engine.shard.hosted(push.fragment)[0].ledger.issuing_bin
+            self._allowance.push(push.fragment, open_bin, (request.worker, request.incarnation, request.seq))
         await self._has_room.wait()
         room = await self._engine.buffers.incoming.reserve(num_bytes)
         room.begin_transfer(self._end_stalled)
@@ -263,15 +270,27 @@ class ExchangeStream:
             payload=payload,
             room=incoming.room,
         )
-        self._engine.submit(push, self).add_done_callback(self._processed)
+        if self._allowance is not None:
+            await self._allowance.processing.acquire()
+        try:
+            processing = self._engine.submit(push, self)
+        except PacelineError:
+            self._release_turns()
+            raise
+        processing.add_done_callback(self._processed)
         self._incoming = None
 
     def _note_speed(self, push: pb.Push) -> None:
         if push.HasField("inner_step_us"):
             self._engine.shard.membership.report_speed(self.worker.worker_id, push.inner_step_us / 1e6)
 
-    def _processed(self, event: "asyncio.Task[None]") -> None:
+    def _release_turns(self) -> None:
         self._processing.release()
+        if self._allowance is not None:
+            self._allowance.processing.release()
+
+    def _processed(self, event: "asyncio.Task[None]") -> None:
+        self._release_turns()
         error = event.exception()
         if error is not None and not self._end.done():
             self._end.set_exception(error)

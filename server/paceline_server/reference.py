@@ -23,8 +23,8 @@ A list is written as a TOML list in the file and with commas elsewhere. Relative
 `paceline_server.local(config)` takes a mapping of the same form as the file, and reads no environment.
 
 What is unknown or wrong is an error that says where it was found and what is allowed; all of it is listed at once.
-Every variable that begins with `PACELINE_` must be a field, except `PACELINE_CONFIG`, `PACELINE_TOKEN` (a worker's
-token) and what Kubernetes sets for services named `paceline` or `paceline-...`.
+Every variable that begins with `PACELINE_` must be a field, except `PACELINE_CONFIG`, `PACELINE_TOKEN` and
+`PACELINE_TOKEN_FILE` (a worker's token) and what Kubernetes sets for services named `paceline` or `paceline-...`.
 
     listen = "0.0.0.0:7070"
 
@@ -62,7 +62,7 @@ def _table(title: str, summary: str | None, fields: Iterable[ConfigField]) -> st
 
 
 def _row(field: ConfigField) -> str:
-    flags = field.flags if field.annotation is not bool else (field.flag, field.flag.replace("--", "--no-"))
+    flags = field.flags if field.annotation is not bool else (*field.flags, field.flag.replace("--", "--no-"))
     default = "left out" if field.default is None else f"`{field.default}`"
     cells = [
         f"`{field.path}`",

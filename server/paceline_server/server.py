@@ -10,7 +10,6 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from paceline_server.access import TokenInterceptor, server_credentials
 from paceline_server.admin import AdminService
 from paceline_server.audit import AuditLog
 from paceline_server.buffers import MIB, Buffers, shortage, work_bytes
@@ -20,6 +19,10 @@ from paceline_server.evidence import EvidenceDirectory, EvidenceKeeper, NoEviden
 from paceline_server.grpc_log import leave_out_unreadable_messages
 from paceline_server.held import Holdings
 from paceline_server.operations import Operations
+from paceline_server.security.credentials import Credentials
+from paceline_server.security.exposure import refuse_exposed
+from paceline_server.security.gate import Gate
+from paceline_server.security.limits import Allowances
 from paceline_server.service import ParameterServerService
 from paceline_server.stability_watch import StabilityWatch
 from paceline_server.storage.directory import ShardDirectory
@@ -56,6 +59,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
+    # Calls of one connection at once; a worker has a handful. The others wait at the caller's end.
+    ("grpc.max_concurrent_streams", 128),
 )
 
 
@@ -67,11 +72,14 @@ class ShardServer:
         index: Which of its shards this is.
 
     Raises:
-        ConfigurationError: The outer rule cannot be had.
+        ConfigurationError: The outer rule or a file of [security] cannot be used, or the run would be open to
+            whoever reaches the port.
         StorageError: The data directory is in use, damaged, or of another run.
     """
 
     def __init__(self, config: ServerConfig, index: int) -> None:
+        refuse_exposed(config)
+        self._credentials = Credentials(config.security)
         keep_large_buffers()
         leave_out_unreadable_messages()
         # The engine's threads are the parallelism; more threads inside torch would only contend with them.
@@ -105,6 +113,7 @@ class ShardServer:
             stop_serving=self._stop_serving,
             end=self._drained.set,
         )
+        self._gate = Gate(self._credentials, Allowances(config.limits))
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -125,7 +134,7 @@ class ShardServer:
         config = self._config
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"{host}:{self._port}"
-        credentials = server_credentials(config.security)
+        credentials = self._credentials.for_port()
         try:
             if credentials is None:
                 self._port = self._server.add_insecure_port(address)
@@ -133,8 +142,7 @@ class ShardServer:
                 self._port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigurationError(
-                f"cannot listen on {address}: the port is taken, the address is not this machine's, "
-                "or the TLS files do not fit together"
+                f"cannot listen on {address}: the port is taken, or the address is not this machine's"
             ) from error
         return self._port
 
@@ -150,6 +158,7 @@ class ShardServer:
         self._serving = asyncio.create_task(self._keep_serving())
         self._watches.append(self._serving)
         self._begin(watch_time(self._engine))
+        self._begin(self._gate.watch())
         if self._snapshotter is not None:
             self._begin(self._snapshotter.run())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -220,9 +229,7 @@ class ShardServer:
         self.bind()
 
     def _built(self) -> grpc.aio.Server:
-        tokens = self._config.security.accepted_tokens()
-        interceptors = [TokenInterceptor(tokens)] if tokens else []
-        server = grpc.aio.server(interceptors=interceptors, options=list(_CHANNEL_OPTIONS))
+        server = grpc.aio.server(interceptors=[self._gate], options=list(_CHANNEL_OPTIONS))
         self._register(server)
         return server
 

@@ -15,6 +15,7 @@ from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
 from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.probe import Probes, ProbeStream
+from paceline_server.security.caller import caller
 from paceline_server.streams import MAX_STREAMS
 from paceline_wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
@@ -126,6 +127,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             active_workers=len(shard.membership.active),
             initialization_id=shard.initialization_id if shard.initialized else None,
             initializing=self._engine.initializing.locked(),
+            caller=caller().identity.name,
         )
 
     @with_status
@@ -183,6 +185,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         """Make the caller an active worker."""
         _require_version(request.protocol_version)
+        caller().identity.refuse_worker(request.worker.worker_id)
         membership = self._engine.shard.membership
         known = {member.worker: member.incarnation for member in membership.members}
         member, reason = membership.join(self._engine.clock(), request.worker.worker_id, request.worker.incarnation)
@@ -215,6 +218,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Renew a lease."""
         membership = self._engine.shard.membership
         worker = request.worker.worker_id
+        caller().identity.refuse_worker(worker)
         membership.heartbeat(self._engine.clock(), worker, request.worker.incarnation)
         if request.HasField("inner_step_us"):
             membership.report_speed(worker, request.inner_step_us / 1e6)
@@ -224,6 +228,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """End a membership."""
         now_s, worker = self._engine.clock(), request.worker
+        caller().identity.refuse_worker(worker.worker_id)
         reason = self._engine.shard.membership.leave(now_s, worker.worker_id, worker.incarnation)
         _log.info("%s", reason)
         await self._engine.membership_changed()
@@ -295,6 +300,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                     f"stream {message.open.stream} was opened; a worker has at most {MAX_STREAMS}, counted from 0"
                 )
             worker = message.open.worker
+            caller().identity.refuse_worker(worker.worker_id)
             self._engine.shard.refuse_uninitialized()
             self._engine.refuse_when_full()
             self._engine.shard.membership.require(self._engine.clock(), worker.worker_id, worker.incarnation)
@@ -305,6 +311,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 context.write,
                 index=message.open.stream,
                 report_received=message.open.report_received,
+                allowance=caller().allowance,
             )
         raise InvalidInputError("an exchange stream begins with `open`")
 

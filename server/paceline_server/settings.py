@@ -26,7 +26,7 @@ from paceline_server.config_fields import (
 )
 from paceline_wire.errors import ConfigurationError
 
-OTHER_VARIABLES = frozenset({"PACELINE_CONFIG", "PACELINE_TOKEN"})
+OTHER_VARIABLES = frozenset({"PACELINE_CONFIG", "PACELINE_TOKEN", "PACELINE_TOKEN_FILE"})
 """Variables with the prefix that are no fields: the configuration file of `serve`, and the token of a worker."""
 
 _KUBERNETES_VARIABLE = re.compile(

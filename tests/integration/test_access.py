@@ -145,8 +145,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         made.cert_pem.write_to_path(folder / f"{name}.pem")
         return made, folder / f"{name}.pem"
 
-    def issue(ca: trustme.CA, name: str, *identities: str) -> tuple[Path, Path]:
-        issued = ca.issue_cert(*identities)
+    def issue(ca: trustme.CA, name: str, *identities: str, common_name: str | None = None) -> tuple[Path, Path]:
+        issued = ca.issue_cert(*identities, common_name=common_name)
         cert, key = folder / f"{name}.pem", folder / f"{name}.key"
         cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
         issued.private_key_pem.write_to_path(key)
@@ -157,9 +157,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(
         ca=ca_path,
         server=issue(ca, "server", "localhost", "127.0.0.1"),
-        worker=issue(ca, "worker", "worker@example.org"),
+        worker=issue(ca, "worker", "worker@example.org", common_name="a"),
         other_ca=other_path,
-        stranger=issue(other_ca, "stranger", "worker@example.org"),
+        stranger=issue(other_ca, "stranger", "worker@example.org", common_name="a"),
     )
 
 

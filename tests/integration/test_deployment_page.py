@@ -1,7 +1,7 @@
 """The scenarios of docs/deploy.md: their commands as they stand, in network namespaces in place of the hosts.
 
 A stand-in is a namespace at the end of an emulated link, with a /etc/hosts and a /var/lib of its own. Only how long the
-example trains, and how long doctor measures, are others here; certificates are made beside the page's own way.
+example trains, and how long doctor measures, are others here; credentials are made as the page says.
 """
 
 import os
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import trustme
 
 from integration.patience import PATIENCE_S, wait_until
 from link import Host, Link
@@ -131,17 +130,12 @@ class Stage:
 
 
 def certificates(folder: Path) -> None:
-    """The files that the page's certificates section makes, where its scenarios look for them."""
-    authority = trustme.CA()
-    server = authority.issue_cert(NAME, "localhost")
-    files = folder / "certs" / "server"
-    files.mkdir(parents=True)
-    server.cert_chain_pems[0].write_to_path(str(files / "server.pem"))
-    server.private_key_pem.write_to_path(str(files / "server.key"))
-    for path in (files / "ca.pem", folder / "ca.pem"):
-        authority.cert_pem.write_to_path(str(path))
-    for path in (files / "tokens", folder / "token"):
-        path.write_text("correct-horse-battery-staple-0123456789\n")
+    """What the page's first command makes, where its scenarios look for it."""
+    make = [sys.executable, "-m", "paceline", "certs", "make", "certs"]
+    subprocess.run([*make, "--server", NAME, "--worker", "paris", "--admin", "me"], cwd=folder, check=True)
+    for name in ("token", "ca.pem"):
+        (folder / name).symlink_to(folder / "certs" / "workers" / "paris" / name)
+    (folder / "me").symlink_to(folder / "certs" / "admins" / "me")
 
 
 def end(process: "subprocess.Popen[str]") -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -145,16 +145,17 @@ def test_the_readmes_quickstart(tmp_path: Path) -> None:
     assert safetensors.torch.load_file(tmp_path / "model.safetensors")["0.weight"].shape == (256, 32)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-def test_the_certificates_of_the_deployment_page(tmp_path: Path) -> None:
-    """What docs/deploy.md makes lets a worker in that has the authority and the token, and the container's probe."""
+def test_the_credentials_of_the_deployment_page(tmp_path: Path) -> None:
+    """What docs/deploy.md makes lets a worker in that has the authority and its token, and the container's probe."""
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    script = page.partition("```sh\n")[2].partition("```")[0]
-    subprocess.run(["/bin/sh", "-ec", script], cwd=tmp_path, capture_output=True, check=True)
+    made = re.search(r"^    paceline (certs make .*)$", page, re.MULTILINE)
+    assert made is not None
+    command = [sys.executable, "-m", "paceline", *shlex.split(made[1]), "--server", "127.0.0.1"]
+    subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=True)
     files = tmp_path / "certs" / "server"
-    security = {"tls_cert": files / "server.pem", "tls_key": files / "server.key", "token_file": files / "tokens"}
+    security = {"tls_cert": files / "server.pem", "tls_key": files / "server.key", "token_key": files / "token.pub"}
     config = {**SHORT_ROUNDS, "security": {name: str(path) for name, path in security.items()}}
-    token = (files / "tokens").read_text(encoding="utf-8").strip()
+    token = (tmp_path / "certs" / "workers" / "paris" / "token").read_text(encoding="utf-8").strip()
     with paceline_server.local(config) as address:
         arguments = ("--steps", "8", "--tls-ca", str(files / "ca.pem"))
         output_of(example("gradient_accumulation_amp.py", address, *arguments, token=token))

@@ -460,6 +460,7 @@ class DescribeResponse(_message.Message):
     INITIALIZATION_ID_FIELD_NUMBER: _builtins.int
     INITIALIZING_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The shard's protocol version."""
     shard_index: _builtins.int
@@ -476,6 +477,10 @@ class DescribeResponse(_message.Message):
     """True while an upload of first parameters to the shard is under way."""
     oldest_protocol_version: _builtins.int
     """The oldest protocol version whose clients the shard serves. 0: none but protocol_version."""
+    caller: _builtins.str
+    """The name that the caller's credential stands for: it may act as the worker of this name, and as those whose names
+    begin with it and a dot. Absent: the credential names nobody, or none is asked for; any name will do.
+    """
     @_builtins.property
     def configuration(self) -> Global___RunConfiguration:
         """What workers must know of the configuration."""
@@ -501,15 +506,20 @@ class DescribeResponse(_message.Message):
         initialization_id: _builtins.int | None = ...,
         initializing: _builtins.bool = ...,
         oldest_protocol_version: _builtins.int = ...,
+        caller: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "caller", b"caller", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "caller", b"caller", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__caller: _TypeAlias = _typing.Literal["caller"]  # noqa: Y015
+    _WhichOneofArgType__caller: _TypeAlias = _typing.Literal["_caller", b"_caller"]  # noqa: Y015
     _WhichOneofReturnType__initialization_id: _TypeAlias = _typing.Literal["initialization_id"]  # noqa: Y015
     _WhichOneofArgType__initialization_id: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id"]  # noqa: Y015
     _WhichOneofReturnType__manifest: _TypeAlias = _typing.Literal["manifest"]  # noqa: Y015
     _WhichOneofArgType__manifest: _TypeAlias = _typing.Literal["_manifest", b"_manifest"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller) -> _WhichOneofReturnType__caller | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initialization_id) -> _WhichOneofReturnType__initialization_id | None: ...
     @_typing.overload
