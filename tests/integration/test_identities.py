@@ -148,11 +148,13 @@ async def test_unknown_and_oversized_requests(by_token: tuple[str, Path]) -> Non
     async with channel(folder, address, token_of(folder, "a")) as (opened, metadata):
         for method in ("/paceline_wire.v1.AdminService/Nothing", "/no.Such/Thing"):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await opened.unary_unary(method)(b"", metadata=metadata)
+                call: Any = opened.unary_unary(method)
+                await call(b"", metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         for junk, error in ((bytes(MAX_REQUEST_BYTES + 1), "bytes; at most"), (b"\xff\xff", "truncated")):
             with pytest.raises(grpc.aio.AioRpcError, match=error) as refused:
-                await opened.unary_unary("/paceline_wire.v1.ParameterServerService/Join")(junk, metadata=metadata)
+                call = opened.unary_unary("/paceline_wire.v1.ParameterServerService/Join")
+                await call(junk, metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -263,9 +265,9 @@ async def test_limits_hold_for_one_identity_alone(tmp_path: Path) -> None:
                     stream.update()
                     with raw.exchange() as second:
                         assert second.end().error == "LimitExceededError"
-                    stream.push(0, 2, 0, torch.zeros(256))
-                    stream.update()
-                    stream.push(0, 3, 0, torch.zeros(256))
+                    # The first one opens the next bin; two more fit into it.
+                    for seq in (2, 3, 4):
+                        stream.push(0, seq, 0, torch.zeros(256))
                     end = stream.last()
                     assert (end.error, "limits.pushes_per_bin = 2" in end.details) == ("LimitExceededError", True)
 
