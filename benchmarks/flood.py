@@ -3,8 +3,8 @@
     python benchmarks/flood.py --json > benchmarks/results/flood.json
 
 The flood has a valid worker's token and does at once: calls in loops, streams that are opened and held, streams of junk
-messages, and pushes as fast as the server reads them. It is a process of its own at the lowest priority, so that what is
-measured is what the server does with it and not what it takes of the processors. Quiet and flooded rounds alternate.
+messages, and pushes as fast as the server reads them. It is a process of its own at the lowest priority, so that what
+is measured is what the server does with it and not what it takes of the processors. Quiet and flooded rounds alternate.
 """
 
 import argparse
@@ -126,7 +126,7 @@ async def measure(address: str, tokens: dict[str, str], rounds: int, exchanges: 
         for _, kinds in itertools.product(range(rounds), ((), *((kind,) for kind in FLOODS), FLOODS)):
             environment = {**os.environ, "PACELINE_TOKEN": tokens["flood"]}
             command = [sys.executable, __file__, "--flood", address, "--kinds", ",".join(kinds)]
-            process = subprocess.Popen(command, env=environment, preexec_fn=_lowest) if kinds else None
+            process = _started(command, environment) if kinds else None
             try:
                 await asyncio.sleep(3.0)
                 name = "all" if len(kinds) > 1 else "".join(kinds) or "quiet"
@@ -135,6 +135,7 @@ async def measure(address: str, tokens: dict[str, str], rounds: int, exchanges: 
                     base = await client.exchange(gradient, base)
                     taken.setdefault(name, []).append(time.perf_counter() - began_s)
                     await asyncio.sleep(PAUSE_S)
+                print(name, f"{statistics.median(taken[name]):.3f} s", file=sys.stderr, flush=True)
             finally:
                 if process is not None:
                     process.kill()
@@ -142,8 +143,8 @@ async def measure(address: str, tokens: dict[str, str], rounds: int, exchanges: 
     return taken
 
 
-def _lowest() -> None:
-    os.nice(19)
+def _started(command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(["nice", "-n", "19", *command], env=environment)
 
 
 def _tokens(folder: Path) -> dict[str, str]:

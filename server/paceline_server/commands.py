@@ -34,9 +34,7 @@ def serve(config: ServerConfig, as_json: bool) -> None:
     """
     source = click.get_current_context().get_parameter_source("security__tokens")
     if source is click.core.ParameterSource.COMMANDLINE:
-        click.echo(
-            "Warning: whoever is on this machine can see the tokens in the list of processes; use a file.", err=True
-        )
+        click.echo("Warning: others on this machine can see the tokens in the list of processes; use a file.", err=True)
     if config.shards == 1:
         sys.exit(uvloop.run(_serve_here(config, as_json)))
     else:

@@ -147,13 +147,13 @@ async def test_unknown_and_oversized_requests(by_token: tuple[str, Path]) -> Non
     address, folder = by_token
     async with channel(folder, address, token_of(folder, "a")) as (opened, metadata):
         for method in ("/paceline_wire.v1.AdminService/Nothing", "/no.Such/Thing"):
+            call: Any = opened.unary_unary(method)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                call: Any = opened.unary_unary(method)
                 await call(b"", metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         for junk, error in ((bytes(MAX_REQUEST_BYTES + 1), "bytes; at most"), (b"\xff\xff", "truncated")):
+            call = opened.unary_unary("/paceline_wire.v1.ParameterServerService/Join")
             with pytest.raises(grpc.aio.AioRpcError, match=error) as refused:
-                call = opened.unary_unary("/paceline_wire.v1.ParameterServerService/Join")
                 await call(junk, metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -348,7 +348,7 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
         seen += [line.decode(errors="replace") for line in lines]
     finally:
         process.terminate()
-        process.wait(PATIENCE_S)
+        process.communicate(timeout=PATIENCE_S)
     seen.append(log.read_text())
     assert not [text for text in seen for secret in secrets if secret in text]
 
