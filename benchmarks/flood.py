@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ FRAGMENT = 1 << 20
 EXCHANGE = "/paceline_wire.v1.ParameterServerService/Exchange"
 FLOODS = ("calls", "streams", "junk", "uploads")
 PAUSE_S = 0.1
+WARM_UP = 40
 
 
 async def flood(address: str, kinds: Sequence[str]) -> None:
@@ -123,6 +125,8 @@ async def measure(address: str, tokens: dict[str, str], rounds: int, exchanges: 
         await client.initialize({"x": torch.zeros(2 * FRAGMENT)})
         base = await client.fetch()
         gradient = {"x": torch.full((2 * FRAGMENT,), 1e-6)}
+        for _ in range(WARM_UP):
+            base = await client.exchange(gradient, base)
         for _, kinds in itertools.product(range(rounds), ((), *((kind,) for kind in FLOODS), FLOODS)):
             environment = {**os.environ, "PACELINE_TOKEN": tokens["flood"]}
             command = [sys.executable, __file__, "--flood", address, "--kinds", ",".join(kinds)]
@@ -144,7 +148,8 @@ async def measure(address: str, tokens: dict[str, str], rounds: int, exchanges: 
 
 
 def _started(command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(["nice", "-n", "19", *command], env=environment)
+    nice = shutil.which("nice") or "nice"
+    return subprocess.Popen([nice, "-n", "19", *command], env=environment)
 
 
 def _tokens(folder: Path) -> dict[str, str]:
