@@ -7,7 +7,7 @@ RAY := .venv-ray
 
 .PHONY: demo test test-ray lint unit format proto chaos fuzz soak clean \
 	bench-exchange bench-kernels bench-wan bench-training bench-peers bench-growth \
-	bench-convergence bench-durability bench-memory bench-stability bench-real
+	bench-convergence bench-durability bench-memory bench-stability bench-real bench-flood
 
 demo: $(VENV)/.demo
 	$(BIN)/paceline demo $(DEMO_FLAGS)
@@ -76,6 +76,10 @@ bench-memory: $(VENV)/.dev
 # Beside torchft, Flower, gloo and servers written by hand; the peers get an environment of their own.
 bench-peers: $(VENV)/.dev $(PEERS)/.peers
 	$(BIN)/python benchmarks/peers.py --venv $(PEERS) $(BENCH_FLAGS)
+
+# What another worker notices of one identity that floods the server.
+bench-flood: $(VENV)/.dev
+	$(BIN)/python benchmarks/flood.py $(BENCH_FLAGS)
 
 # What joining a run costs the training thread.
 bench-training: $(VENV)/.dev

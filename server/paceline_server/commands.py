@@ -34,6 +34,9 @@ def serve(config: ServerConfig, as_json: bool) -> None:
     With --shards N, N processes listen on N ports in a row; clients find them all from any one. With --shard-addresses
     and --shard-index this is one shard of several, each started on its own.
     """
+    source = click.get_current_context().get_parameter_source("security__tokens")
+    if source is click.core.ParameterSource.COMMANDLINE:
+        click.echo("Warning: others on this machine can see the tokens in the list of processes; use a file.", err=True)
     if len(config.shard_indexes) == 1:
         sys.exit(uvloop.run(_serve_here(config, as_json)))
     else:

@@ -147,14 +147,14 @@ async def test_unknown_and_oversized_requests(by_token: tuple[str, Path]) -> Non
     address, folder = by_token
     async with channel(folder, address, token_of(folder, "a")) as (opened, metadata):
         for method in ("/paceline_wire.v1.AdminService/Nothing", "/no.Such/Thing"):
+            call: Any = opened.unary_unary(method)
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await cast("Any", opened).unary_unary(method)(b"", metadata=metadata)
+                await call(b"", metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         for junk, error in ((bytes(MAX_REQUEST_BYTES + 1), "bytes; at most"), (b"\xff\xff", "truncated")):
+            call = opened.unary_unary("/paceline_wire.v1.ParameterServerService/Join")
             with pytest.raises(grpc.aio.AioRpcError, match=error) as refused:
-                await cast("Any", opened).unary_unary("/paceline_wire.v1.ParameterServerService/Join")(
-                    junk, metadata=metadata
-                )
+                await call(junk, metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -265,9 +265,9 @@ async def test_limits_hold_for_one_identity_alone(tmp_path: Path) -> None:
                     stream.update()
                     with raw.exchange() as second:
                         assert second.end().error == "LimitExceededError"
-                    stream.push(0, 2, 0, torch.zeros(256))
-                    stream.update()
-                    stream.push(0, 3, 0, torch.zeros(256))
+                    # The first one opens the next bin; two more fit into it.
+                    for seq in (2, 3, 4):
+                        stream.push(0, seq, 0, torch.zeros(256))
                     end = stream.last()
                     assert (end.error, "limits.pushes_per_bin = 2" in end.details) == ("LimitExceededError", True)
 
@@ -348,7 +348,7 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
         seen += [line.decode(errors="replace") for line in lines]
     finally:
         process.terminate()
-        process.wait(PATIENCE_S)
+        process.communicate(timeout=PATIENCE_S)
     seen.append(log.read_text())
     assert not [text for text in seen for secret in secrets if secret in text]
 
