@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,36 @@ def test_what_is_appended_is_read(sync: Sync, batches: list[list[Record]]) -> No
     assert [number for number, _ in read] == list(range(5, 5 + len(appended)))
     for expected, (_, actual) in zip(appended, read, strict=True):
         assert_same_record(expected, actual)
+
+
+@pytest.mark.parametrize("sync", Sync)
+def test_a_process_killed_while_it_makes_a_file_leaves_none(
+    tmp_path: Path, sync: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever statement was the last, the file has its tables or is not there, and the next writer makes it."""
+    folder, copies, connect = tmp_path / "journal", [], sqlite3.connect
+
+    class Watched(sqlite3.Connection):
+        """Keeps what is on the disk after each statement, which is what a killed process leaves."""
+
+        def execute(self, *arguments: Any) -> sqlite3.Cursor:
+            done = super().execute(*arguments)
+            copies.append(shutil.copytree(folder, tmp_path / f"copy-{len(copies)}"))
+            return done
+
+    folder.mkdir()
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Watched, **options))
+    SegmentWriter(folder / "1.db", 1, sync).close()
+    monkeypatch.undo()
+    unmade = [copy / "1.db" for copy in copies if not (copy / "1.db").exists()]
+    assert len(copies) > len(unmade) > 5
+    for copy in copies:
+        if (copy / "1.db") not in unmade:
+            assert list(read_segment(copy / "1.db", 1)) == []
+        writer = SegmentWriter(copy / "1.db", 1, sync)
+        writer.append([numbers_of(10, 1)])
+        writer.close()
+        assert len(list(read_segment(copy / "1.db", 1))) == 1
 
 
 @pytest.mark.parametrize("sync", Sync)

@@ -87,11 +87,12 @@ class SegmentWriter:
         self._next = first
         self._sync = sync
         try:
+            if not path.exists():
+                _make(path)
             self._connection = _opened(path)
             self._prepare()
         except sqlite3.Error as error:
             raise _storage_error(path, error) from error
-        sync_directory(path.parent)
 
     @property
     def next_number(self) -> int:
@@ -159,12 +160,6 @@ class SegmentWriter:
         self._connection.execute(f"PRAGMA journal_mode = {mode}")
         self._connection.execute(f"PRAGMA synchronous = {synchronous}")
         self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        if self._connection.execute("PRAGMA user_version").fetchone() == (0,):
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute(_RECORDS)
-            self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            self._connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-            self._connection.execute("COMMIT")
         (newest,) = self._connection.execute("SELECT max(number) FROM records").fetchone()
         self._next = self._next if newest is None else newest + 1
 
@@ -226,6 +221,30 @@ def unfinished_bytes(path: Path) -> int:
         return path.with_name(path.name + "-journal").stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _make(path: Path) -> None:
+    """Make a file without records, whole or not at all: a process that is killed meanwhile leaves nothing of its name.
+
+    Raises:
+        StorageError: The folder takes no files.
+        sqlite3.Error: The disk does not take it.
+    """
+    unfinished = path.with_name(f"{path.name}.new")
+    try:
+        for left in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+            left.unlink(missing_ok=True)
+        with contextlib.closing(_opened(unfinished)) as connection:
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(_RECORDS)
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+            connection.execute("COMMIT")
+        unfinished.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"the journal {path} cannot be made: {error.strerror}") from error
 
 
 def _opened(path: Path) -> sqlite3.Connection:
