@@ -58,7 +58,8 @@ def test_a_process_killed_while_it_makes_a_file_leaves_none(
     tmp_path: Path, sync: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever statement was the last, the file has its tables or is not there, and the next writer makes it."""
-    folder, copies, connect = tmp_path / "journal", [], sqlite3.connect
+    folder, connect = tmp_path / "journal", sqlite3.connect
+    copies: list[Path] = []
 
     class Watched(sqlite3.Connection):
         """Keeps what is on the disk after each statement, which is what a killed process leaves."""
