@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,19 @@ def wait_for_pushes(composition: Composition, workers: "list[subprocess.Popen[st
     wait_until(taken)
 
 
+def look(composition: Composition) -> list[dict[str, Any]]:
+    """What `paceline status` says of each shard, from a worker's container."""
+    status = json.loads(finished(composition.start("worker-1", command=["sh", "-euc", LOOK])))
+    shards: list[dict[str, Any]] = status["shards"]
+    return shards
+
+
+def pushing(composition: Composition) -> list[tuple[str, ...]]:
+    """The workers' services of which each shard has applied a push since it started."""
+    members = [[each for each in shard["members"] if each["pushes_applied"]] for shard in look(composition)]
+    return [tuple(sorted(each["worker_id"].removesuffix(".0") for each in shard)) for shard in members]
+
+
 def test_keys_belong_to_those_who_need_them(composition: Composition) -> None:
     """The first start makes credentials, each file for one user; a second start keeps them."""
     finished(composition.start("certs"))
@@ -88,15 +102,16 @@ def test_the_run_trains_drains_and_goes_on(composition: Composition) -> None:
         composition.stop(name, shard)
     assert [shard.wait(PATIENCE_S) for shard in shards.values()] == [0, 0]
     started_shards(composition)
-    wait_for_pushes(composition, workers)
+    # A worker that is still on its way back to a shard has nobody to say good-bye to.
+    wait_until(lambda: all(pushed == WORKERS for pushed in pushing(composition)))
     for name, worker in zip(WORKERS, workers, strict=True):
         composition.stop(name, worker)
     for worker in workers:
         printed, _ = worker.communicate(timeout=PATIENCE_S)
         assert worker.returncode == -signal.SIGINT, printed
-    status = json.loads(finished(composition.start("worker-1", command=["sh", "-euc", LOOK])))
-    assert [shard["shard_index"] for shard in status["shards"]] == [0, 1]
-    assert [shard["members"] for shard in status["shards"]] == [[], []], "workers that are stopped leave the run"
+    left = look(composition)
+    assert [shard["shard_index"] for shard in left] == [0, 1]
+    assert [shard["members"] for shard in left] == [[], []], "workers that are stopped leave the run"
 
 
 def test_services_are_confined(composition: Composition) -> None:
