@@ -1,5 +1,7 @@
 """Workers that an operator keeps out of the run, for a time or until they are admitted again.
 
+A name stands for all whose names begin with it and a dot, too: a credential may act under all of these.
+
 Pure: time is an argument, nothing waits.
 """
 
@@ -48,7 +50,7 @@ class Evictions:
         return was_evicted
 
     def holds(self, now: float, worker: str) -> bool:
-        """Whether a worker is kept out."""
+        """Whether a name is kept out."""
         return worker in self._evicted and now < self._until_s.get(worker, float("inf"))
 
     def refuse(self, now: float, worker: str) -> None:
@@ -57,10 +59,11 @@ class Evictions:
         Raises:
             EvictedError: It is; the text says why and for how long.
         """
-        if not self.holds(now, worker):
+        evicted = next((name for name in _names_for(worker) if self.holds(now, name)), None)
+        if evicted is None:
             return
-        reason = self._evicted[worker].reason
-        until_s = self._until_s.get(worker)
+        reason = self._evicted[evicted].reason
+        until_s = self._until_s.get(evicted)
         raise EvictedError(
             f"worker {worker!r} was evicted by the run's operator"
             + (f" ({reason})" if reason else "")
@@ -87,3 +90,14 @@ class Evictions:
         for worker in over:
             del self._until_s[worker], self._evicted[worker]
         return [f"the eviction of worker {worker} is over; it may join again" for worker in over]
+
+
+def stands_for(name: str, worker: str) -> bool:
+    """Whether evicting a name concerns a worker."""
+    return name in _names_for(worker)
+
+
+def _names_for(worker: str) -> list[str]:
+    """The names whose eviction concerns a worker: its own, and those that it begins with before a dot."""
+    parts = worker.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

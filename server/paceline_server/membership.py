@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from paceline_server.departures import Departures, GoneWorker
-from paceline_server.evictions import EvictedWorker, Evictions
+from paceline_server.evictions import EvictedWorker, Evictions, stands_for
 from paceline_server.quarantine import Quarantine, QuarantinedWorker
 from paceline_server.silence import Silences
 from paceline_wire.errors import InvalidInputError, NotAMemberError, PacelineError, SupersededError
@@ -250,18 +250,20 @@ class Membership:
     def evict(self, now: float, worker: str, reason: str, duration_s: float | None) -> tuple[bool, bool]:
         """End a worker's membership, if it has one, and keep it out, for a time or until it is admitted.
 
+        The same for all whose names begin with this one and a dot.
+
         Returns:
-            Whether it was a member, and whether it was evicted already.
+            Whether there was such a member, and whether the name was evicted already.
 
         Raises:
             InvalidInputError: The name is not allowed.
         """
         _require_name(worker)
-        member = self._members.get(worker)
-        if member is not None:
-            self._go(now, worker, member.incarnation, left=False)
-            self._silences.forget(worker)
-        return member is not None, self.evictions.begin(now, worker, reason, duration_s)
+        concerned = [member for member in self._members.values() if stands_for(worker, member.worker)]
+        for member in concerned:
+            self._go(now, member.worker, member.incarnation, left=False)
+            self._silences.forget(member.worker)
+        return bool(concerned), self.evictions.begin(now, worker, reason, duration_s)
 
     def admit(self, now: float, worker: str) -> bool:
         """End a worker's eviction and quarantine; whether there was one."""

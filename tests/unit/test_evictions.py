@@ -30,6 +30,21 @@ def test_an_evicted_worker_is_out_at_once() -> None:
         membership.join(13.0, "a", 2)
 
 
+def test_a_name_stands_for_those_under_it() -> None:
+    """Whoever acts under the evicted credential's name is out as well, under new names too; similar names are not."""
+    membership = members("paris", "paris.0", "paris.0.1", "paris2")
+    assert membership.evict(1.0, "paris", "", None) == (True, False)
+    assert membership.active == {"paris2"}
+    for worker in ("paris", "paris.0", "paris.new"):
+        with pytest.raises(EvictedError):
+            membership.join(2.0, worker, 2)
+    membership.require(2.0, "paris2", 1)
+    assert membership.admit(3.0, "paris")
+    membership.join(3.0, "paris.0", 2)
+    assert membership.evict(4.0, "paris.0", "", None) == (True, False)
+    membership.join(4.0, "paris", 2)
+
+
 def test_an_eviction_ends_with_its_time_or_by_admission() -> None:
     """After its time, or once admitted, the worker joins again; the one before its eviction may come back, too."""
     membership = members("a", "b")

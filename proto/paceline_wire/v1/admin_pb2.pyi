@@ -114,7 +114,7 @@ class EvictRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DURATION_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
-    """The worker's name; it need not be a member."""
+    """The worker's name; it need not be a member. It stands for all whose names begin with it and a dot, too."""
     reason: _builtins.str
     """Why, for the worker and the audit log: at most 500 characters in one line. Empty: no reason is given."""
     duration_ms: _builtins.int
