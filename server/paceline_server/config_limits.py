@@ -12,7 +12,7 @@ class LimitsConfig(Section):
     """
 
     streams: int = Field(
-        default=32,
+        default=128,
         ge=1,
         le=100_000,
         description="Streams that one identity may have open: exchanges, fetches and uploads. A worker has up to "
