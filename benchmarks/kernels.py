@@ -96,7 +96,7 @@ class Memory:
             ("apply", 16 + coded, lambda i: self.fragments[i].follow(PUSH, used, payloads[i])),
             ("follow a difference", 8 + coded, lambda i: follow_move(used, payloads[i], self.references[i])),
             ("encode a difference", 12 + coded, lambda i: encode_move(used, self.values[i], self.references[i])),
-            ("encode, error feedback", 16 + coded, lambda i: compensate(used, self.values[i], self.residuals[i])),
+            ("encode, error feedback", 12 + coded, lambda i: compensate(used, self.values[i], self.residuals[i])),
         ]
         return [Operation(codec=used.name, name=name, num_bytes=size, work=work) for name, size, work in does]
 

@@ -220,8 +220,8 @@ def _encode(uplink: Uplink, fragment: Fragment, contribution: _Contribution, cod
     numbers = gather(fragment, contribution.outer_gradient)
     if contribution.local_momentum is not None and fragment.role == "parameter":
         numbers = torch.cat((numbers, gather(fragment, contribution.local_momentum)))
-    encoded = uplink.encode(numbers)
-    return encoded.seq, outgoing(codec, encoded.payload)
+    push = uplink.encode(numbers)
+    return push.seq, outgoing(codec, push.encoded.payload)
 
 
 def _empty_base(manifest: Manifest) -> Base:

@@ -21,6 +21,7 @@ import torch
 
 from paceline.uplink import Uplink, UplinkState
 from paceline_wire.codecs.base import Codec
+from paceline_wire.codecs.feedback import Encoded
 
 
 class Estimate(Protocol):
@@ -36,10 +37,11 @@ class Estimate(Protocol):
     def restore(self, velocity: torch.Tensor | None) -> None:
         """Go on from what an estimate of the same kind kept (float32 [n]; not kept, copied); others ignore it."""
 
-    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor | None:
+    def expect(self, push: Encoded, num_elements: int, num_workers: int) -> torch.Tensor | None:
         """What `start` needs to know of the newest push (float32 [n]); None for nothing.
 
-        Called once for each push, in order. outer_gradient is what the server will decode, and is not changed.
+        Called once for each push, in order. Its first num_elements (n) are the outer gradient: what the server will
+        decode.
         """
 
     def start(
@@ -87,16 +89,16 @@ class _ExpectedSteps(_Memoryless):
 class NoEstimate(_ExpectedSteps):
     """Expect nothing: work goes on from the newest base (blocking and delayed exchange)."""
 
-    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> None:
+    def expect(self, push: Encoded, num_elements: int, num_workers: int) -> None:
         """Expect no displacement."""
 
 
 class LocalContinuation(_ExpectedSteps):
     """Go on from the local end point: the push is expected to do what the inner steps did."""
 
-    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+    def expect(self, push: Encoded, num_elements: int, num_workers: int) -> torch.Tensor:
         """The outer gradient itself."""
-        return outer_gradient
+        return push.decode()[:num_elements]
 
 
 class OwnOuterStep(_ExpectedSteps):
@@ -131,19 +133,24 @@ class OwnOuterStep(_ExpectedSteps):
         """Make the next steps with these coefficients."""
         self._lr, self._momentum = lr, momentum
 
-    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+    def expect(self, push: Encoded, num_elements: int, num_workers: int) -> torch.Tensor:
         """The outer step at this push, momentum of the earlier ones included."""
         rate = self._lr if self._whole else self._lr / num_workers
+        step = torch.empty(num_elements, device=push.payload.device)
         if self._momentum == 0:
             self._velocity = None  # a schedule that raises the coefficient from 0 starts from the next push
-            return outer_gradient * rate
-        if self._velocity is None:
-            self._velocity = outer_gradient.clone()
-        else:
-            self._velocity.mul_(self._momentum).add_(outer_gradient)
-        if not self._look_ahead:
-            return self._velocity * rate
-        return (self._velocity * self._momentum).add_(outer_gradient).mul_(rate)
+        elif self._velocity is None:
+            self._velocity = torch.zeros_like(step)
+        for where, outer_gradient in push.decoded_pieces(num_elements):
+            if self._velocity is None:
+                torch.mul(outer_gradient, rate, out=step[where])
+                continue
+            velocity = self._velocity[where].mul_(self._momentum).add_(outer_gradient)
+            if self._look_ahead:
+                torch.mul(velocity, self._momentum, out=step[where]).add_(outer_gradient).mul_(rate)
+            else:
+                torch.mul(velocity, rate, out=step[where])
+        return step
 
 
 class PredictedServer(_Memoryless):
@@ -171,9 +178,9 @@ class PredictedServer(_Memoryless):
         """Play the server with these coefficients."""
         self._lr, self._momentum = lr, momentum
 
-    def expect(self, outer_gradient: torch.Tensor, num_workers: int) -> torch.Tensor:
+    def expect(self, push: Encoded, num_elements: int, num_workers: int) -> torch.Tensor:
         """The outer gradient: what it does depends on the momentum that it meets."""
-        return outer_gradient
+        return push.decode()[:num_elements]
 
     def start(
         self, base: torch.Tensor, momentum: torch.Tensor | None, expected: Sequence[torch.Tensor]
@@ -261,25 +268,27 @@ class WorkerFragment:
         return self._base
 
     def push(
-        self, outer_gradient: torch.Tensor, num_workers: int, local_momentum: torch.Tensor | None = None
+        self, start: torch.Tensor, end: torch.Tensor, num_workers: int, local_momentum: torch.Tensor | None = None
     ) -> PreparedPush:
-        """Encode an outer gradient (float32 [n]), with what the codec lost of earlier ones, and count it as in flight.
+        """Encode an outer gradient, start minus end, with what the codec lost of earlier ones; count it as in flight.
 
         The loss carried over is committed only when the push is acknowledged as applied. An outer gradient that is not
         finite is prepared all the same, expected to do nothing: the server refuses it and says why.
 
         Args:
-            outer_gradient: Start minus end of the round, float32 [n].
+            start: Where the round started, float32 [n].
+            end: Where it ended, float32 [n].
             num_workers: How many share the learning rate.
             local_momentum: The momentum of the inner steps, float32 [n], where the run orders it: encoded after the
                 outer gradient; nothing is expected of it.
         """
-        numbers = outer_gradient if local_momentum is None else torch.cat((outer_gradient, local_momentum))
-        encoded = self._uplink.encode(numbers)
-        decoded = encoded.decoded if local_momentum is None else encoded.decoded[: outer_gradient.numel()]
-        expected = self._estimate.expect(decoded, num_workers)
-        self._expected[encoded.seq] = expected if encoded.seq > self._included_seq else None
-        return PreparedPush(seq=encoded.seq, base_bin=self._bin, payload=encoded.payload)
+        if local_momentum is None:
+            push = self._uplink.encode(start, minus=end)
+        else:
+            push = self._uplink.encode(torch.cat((start - end, local_momentum)))
+        expected = self._estimate.expect(push.encoded, start.numel(), num_workers)
+        self._expected[push.seq] = expected if push.seq > self._included_seq else None
+        return PreparedPush(seq=push.seq, base_bin=self._bin, payload=push.encoded.payload)
 
     def receive(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.feedback import compensate
+from paceline_wire.codecs.feedback import Encoded, compensate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -15,13 +15,11 @@ class EncodedPush:
 
     Attributes:
         seq: Counts the pushes to the fragment from 1.
-        payload: What is sent, uint8 [m].
-        decoded: What the server will make of it, float32 [n]; zeros if it will refuse it as not finite.
+        encoded: What is sent, and what the server will make of it.
     """
 
     seq: int
-    payload: torch.Tensor
-    decoded: torch.Tensor
+    encoded: Encoded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,13 +55,13 @@ class Uplink:
         self._residuals_in_flight: dict[int, torch.Tensor | None] = {}
         self._seq = 0
 
-    def encode(self, outer_gradient: torch.Tensor) -> EncodedPush:
-        """Encode an outer gradient (float32 [n]) and count it as in flight."""
+    def encode(self, values: torch.Tensor, minus: torch.Tensor | None = None) -> EncodedPush:
+        """Encode an outer gradient, values - minus (float32 [n] each) or values alone, and count it as in flight."""
         residual = self._residuals_in_flight.get(self._seq, self._residual)
-        encoded = compensate(self._codec, outer_gradient, residual)
+        encoded = compensate(self._codec, values, residual, minus=minus)
         self._seq += 1
         self._residuals_in_flight[self._seq] = encoded.residual if self._error_feedback else None
-        return EncodedPush(seq=self._seq, payload=encoded.payload, decoded=encoded.decoded)
+        return EncodedPush(seq=self._seq, encoded=encoded)
 
     @property
     def state(self) -> UplinkState:

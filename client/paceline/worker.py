@@ -14,7 +14,7 @@ A worker that is to survive its process saves `positions` and, fragment by fragm
 next process makes a new one and lets it `restore` them, before anything else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -106,20 +106,38 @@ class ReceivedUpdate:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EndedRound:
-    """What a round has done, fragment by fragment.
+class EndedFragment:
+    """What a round has done to one fragment.
 
     Attributes:
-        starts: Where it began.
-        ends: Where it ended.
-        local_momenta: The momentum of its inner steps; None where the run does not order it.
-        tokens: Tokens or samples that it stands for; None if nobody counted them.
+        start: Where it began.
+        end: Where it ended.
+        local_momentum: The momentum of its inner steps; None where the run does not order it.
     """
 
-    starts: Sequence[Snapshot]
-    ends: Sequence[Snapshot]
-    local_momenta: Sequence[Snapshot | None]
-    tokens: int | None
+    start: Snapshot
+    end: Snapshot
+    local_momentum: Snapshot | None
+
+
+class EndedRound:
+    """What a round has done, fragment by fragment: each is taken out once, and its memory is free as soon as it is sent.
+
+    Attributes:
+        tokens: Tokens or samples that it stands for; None if nobody counted them.
+
+    Args:
+        fragments: What it has done to each.
+        tokens: See above.
+    """
+
+    def __init__(self, fragments: Iterable[EndedFragment], tokens: int | None) -> None:
+        self.tokens = tokens
+        self._fragments = dict(enumerate(fragments))
+
+    def take(self, index: int) -> EndedFragment:
+        """What it has done to a fragment."""
+        return self._fragments.pop(index)
 
 
 class Worker:
@@ -216,7 +234,11 @@ class Worker:
             None if local_momentum is None or plan.role != "parameter" else FragmentState(plan, local_momentum).read()
             for plan in self._plan
         ]
-        ended = EndedRound(starts=starts, ends=ends, local_momenta=local_momenta, tokens=self._tokens)
+        fragments = zip(starts, ends, local_momenta, strict=True)
+        ended = EndedRound(
+            [EndedFragment(start=start, end=end, local_momentum=momentum) for start, end, momentum in fragments],
+            self._tokens,
+        )
         self.round += 1
         self.steps_in_round = 0
         self._untouched = True
@@ -224,10 +246,15 @@ class Worker:
         return ended
 
     def prepare(self, index: int, ended: EndedRound) -> PreparedPush:
-        """Encode a fragment's outer gradient, and propose a start that includes what is expected of it."""
-        fragment, momentum = self._fragments[index], ended.local_momenta[index]
-        outer_gradient = ended.starts[index].wait() - ended.ends[index].wait()
-        prepared = fragment.push(outer_gradient, self._num_workers, None if momentum is None else momentum.wait())
+        """Encode a fragment's outer gradient, and propose a start that includes what is expected of it. Once a round."""
+        fragment, work = self._fragments[index], ended.take(index)
+        prepared = fragment.push(
+            work.start.wait(),
+            work.end.wait(),
+            self._num_workers,
+            None if work.local_momentum is None else work.local_momentum.wait(),
+        )
+        del work
         if self._settings.overlap is not Overlap.BLOCKING:
             self._starts[index].propose(fragment.new_start())
         return prepared
@@ -239,7 +266,9 @@ class Worker:
             lr, momentum = _coefficients(self._settings, self._plan[index], update.lr, update.momentum)
             fragment.adapt(lr=lr, momentum=momentum)
         fragment.receive(seq, update.values, update.bin, applied=applied, momentum=update.server_momentum)
-        self._starts[index].propose(fragment.new_start(), replace=not applied)
+        # A blocked worker stands at the end of its round, and shifts nothing.
+        is_blocked = self._settings.overlap is Overlap.BLOCKING and self._untouched
+        self._starts[index].propose(fragment.new_start(), replace=is_blocked or not applied)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota

@@ -53,6 +53,7 @@ from paceline_wire.errors import (
     UnavailableError,
 )
 from paceline_wire.manifest import Manifest
+from paceline_wire.memory import give_back_free_memory
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -206,6 +207,10 @@ class Engine:
         record = await self._append(FragmentInitialized(fragment=index, payload=payload))
         self.shard.initialize_fragment(index, values)
         self.shard.fragments[index].record = record
+        del values, payload
+        if self.shard.initialized:
+            # The upload's payloads are four times as large as any that come now: their memory is not needed again.
+            await self._in_thread(give_back_free_memory)
 
     def refuse_when_full(self) -> None:
         """Say so before anything is received that could not be kept.

@@ -191,7 +191,7 @@ async def test_worker_fragments_are_the_papers_workers() -> None:
                 for fragment, base in zip(fragments, bases, strict=True):
                     fragment.receive(number, base.tensors["x"], base.bins[0], applied=True)
             for index, fragment in enumerate(fragments):
-                assert fragment.push(own[index], num_workers=3).base_bin == number
+                assert fragment.push(own[index], torch.zeros_like(own[index]), num_workers=3).base_bin == number
                 torch.testing.assert_close(fragment.new_start().double(), expected[number][index], rtol=1e-5, atol=1e-5)
             in_flight = [
                 asyncio.create_task(client.exchange({"x": gradient}, base))

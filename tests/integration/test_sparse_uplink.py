@@ -34,7 +34,7 @@ async def test_topk_pushes_take_few_bytes_and_carry_their_error() -> None:
     expected, residual = torch.zeros(SIZE), None
     for _ in range(ROUNDS):
         encoded = codecs.compensate(topk, gradient, residual)
-        expected, residual = expected - encoded.decoded, encoded.residual
+        expected, residual = expected - encoded.decode(), encoded.residual
     assert torch.equal(expected, trained)
     assert (
         int(trained.count_nonzero()) > 3 * SIZE // 64

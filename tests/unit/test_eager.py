@@ -58,6 +58,16 @@ class PaperForm:
         self._previous = own
 
 
+def pushed(worker: WorkerFragment, outer_gradient: torch.Tensor, num_workers: int) -> PreparedPush:
+    """Push what a round has done that ended at zero."""
+    return worker.push(outer_gradient, torch.zeros_like(outer_gradient), num_workers)
+
+
+def stepped(estimate: OwnOuterStep, outer_gradient: torch.Tensor) -> torch.Tensor:
+    """The step that is expected of a push, with one worker."""
+    return estimate.expect(codecs.compensate(EXACT, outer_gradient), outer_gradient.numel(), 1)
+
+
 class ServerForm:
     """Workers that add their own expected steps to what one shard answers, a whole round later or at once."""
 
@@ -91,7 +101,7 @@ class ServerForm:
     def push(self, own: list[torch.Tensor]) -> None:
         """Let every worker push."""
         for name, worker, gradient in zip(names(self._num_workers), self.workers, own, strict=True):
-            prepared = worker.push(gradient.float(), self._num_workers)
+            prepared = pushed(worker, gradient.float(), self._num_workers)
             decision = self.server.push(
                 name, prepared.seq, prepared.base_bin, codecs.decode(EXACT, prepared.payload, SIZE)
             )
@@ -187,9 +197,9 @@ def test_two_pushes_in_flight_both_count(look_ahead: bool) -> None:
         lr / num_workers * (one + beta * one if look_ahead else one),
         lr / num_workers * (two + beta * velocity if look_ahead else velocity),
     ]
-    first = worker.push(one, num_workers)
+    first = pushed(worker, one, num_workers)
     assert_near(-steps[0], worker.new_start(), 1e-6)
-    second = worker.push(two, num_workers)
+    second = pushed(worker, two, num_workers)
     assert_near(-steps[0] - steps[1], worker.new_start(), 1e-6)
     base = normal(SIZE, 3)
     worker.receive(first.seq, base, 1, applied=True)
@@ -207,7 +217,7 @@ def test_with_any_window_a_lone_worker_is_where_the_server_will_be(window: int, 
     estimate = OwnOuterStep(lr=0.7, momentum=0.0, look_ahead=True, whole=False)
     worker = WorkerFragment(base=server.initial.clone(), bin=0, codec=EXACT, estimate=estimate)
     name = names(1)[0]
-    pushes = [worker.push(normal(SIZE, 10 * seed + number), 1) for number in range(window)]
+    pushes = [pushed(worker, normal(SIZE, 10 * seed + number), 1) for number in range(window)]
     expected = worker.new_start()
     for number, push in enumerate(pushes):
         answer = only_answer(server.push(name, push.seq, push.base_bin, codecs.decode(EXACT, push.payload, SIZE)))
@@ -234,7 +244,7 @@ def test_the_worker_adds_what_the_server_applies(name: str, estimate: str) -> No
         estimate=own if estimate == "own" else LocalContinuation(),
     )
     for number in range(4):
-        push = worker.push(normal(size, number), 1)
+        push = pushed(worker, normal(size, number), 1)
         answer = only_answer(server.push(names(1)[0], push.seq, push.base_bin, decoded(name, push, size)))
         assert torch.equal(server.w, worker.new_start())
         worker.receive(answer.seq, server.w.clone(), answer.bin, applied=True)
@@ -250,7 +260,7 @@ def test_what_a_codec_loses_comes_with_the_next_push(name: str, window: int) -> 
     small[::256] = 1.0
     arrived, in_flight = torch.zeros(size), []
     for _ in range(rounds):
-        push = worker.push(small, 1)
+        push = pushed(worker, small, 1)
         in_flight.append(push)
         arrived += decoded(name, push, size)
         if len(in_flight) == window:
@@ -265,10 +275,10 @@ def test_the_loss_of_a_refused_push_is_not_carried_over(name: str) -> None:
     size = 300
     with_refusal, without = fragment(name, size=size), fragment(name, size=size)
     for worker in (with_refusal, without):
-        worker.receive(worker.push(normal(size, 1), 1).seq, torch.zeros(size), 1, applied=True)
-    refused = with_refusal.push(normal(size, 2), 1)
+        worker.receive(pushed(worker, normal(size, 1), 1).seq, torch.zeros(size), 1, applied=True)
+    refused = pushed(with_refusal, normal(size, 2), 1)
     with_refusal.receive(refused.seq, torch.zeros(size), 2, applied=False)
-    payloads = [worker.push(normal(size, 3), 1).payload for worker in (with_refusal, without)]
+    payloads = [pushed(worker, normal(size, 3), 1).payload for worker in (with_refusal, without)]
     assert torch.equal(*payloads)
     plain = codecs.encode(codecs.codec(name), normal(size, 3))
     assert not torch.equal(plain, payloads[0])
@@ -279,14 +289,14 @@ def test_a_push_made_while_another_is_in_flight_pays_that_ones_loss(name: str) -
     """The second of two pushes in flight carries what the codec lost of the first, once."""
     size, worker = 300, fragment(name, size=300)
     decay = codecs.codec(name).residual_decay
-    first = worker.push(normal(size, 1), 1)
+    first = pushed(worker, normal(size, 1), 1)
     lost = decay * (normal(size, 1) - decoded(name, first, size))
-    second = worker.push(normal(size, 2), 1)
+    second = pushed(worker, normal(size, 2), 1)
     assert torch.equal(codecs.encode(codecs.codec(name), normal(size, 2) + lost), second.payload)
     worker.receive(first.seq, torch.zeros(size), 0, applied=True)
     lost = decay * (normal(size, 2) + lost - decoded(name, second, size))
     worker.receive(second.seq, torch.zeros(size), 0, applied=True)
-    third = worker.push(normal(size, 3), 1)
+    third = pushed(worker, normal(size, 3), 1)
     assert torch.equal(codecs.encode(codecs.codec(name), normal(size, 3) + lost), third.payload)
 
 
@@ -310,7 +320,7 @@ def test_a_push_that_will_be_refused_is_expected_to_do_nothing(name: str, bad: f
     worker = fragment(name, estimate)
     gradient = normal(SIZE, 1)
     gradient[2] = bad
-    push = worker.push(gradient, 2)
+    push = pushed(worker, gradient, 2)
     with pytest.raises(CodecError):
         codecs.codec(name).check(push.payload, SIZE)
     assert torch.equal(torch.zeros(SIZE), worker.new_start())
@@ -320,7 +330,7 @@ def test_own_momentum_goes_on_while_a_push_is_refused() -> None:
     """After a refused push, the momentum of the earlier ones still decays by one power a push."""
     estimate = OwnOuterStep(lr=1.0, momentum=0.5, look_ahead=False, whole=True)
     one, zero = torch.ones(1), torch.zeros(1)
-    assert [float(estimate.expect(g, 1)) for g in (one, zero, one)] == [1.0, 0.5, 1.25]
+    assert [float(stepped(estimate, g)) for g in (one, zero, one)] == [1.0, 0.5, 1.25]
 
 
 # --- The estimates.
@@ -329,14 +339,14 @@ def test_own_momentum_goes_on_while_a_push_is_refused() -> None:
 def test_local_continuation_goes_on_from_the_local_end() -> None:
     """Start minus the outer gradient is where the inner steps ended."""
     worker, gradient = fragment(), normal(SIZE, 1)
-    worker.push(gradient, 4)
+    pushed(worker, gradient, 4)
     assert torch.equal(-gradient, worker.new_start())
 
 
 def test_no_estimate_goes_on_from_the_base() -> None:
     """Blocking and delayed workers see their own push when its answer comes."""
     worker = fragment(estimate=NoEstimate())
-    push = worker.push(normal(SIZE, 1), 4)
+    push = pushed(worker, normal(SIZE, 1), 4)
     assert torch.equal(torch.zeros(SIZE), worker.new_start())
     worker.receive(push.seq, normal(SIZE, 2), 3, applied=True)
     assert torch.equal(normal(SIZE, 2), worker.new_start())
@@ -347,13 +357,13 @@ def test_an_estimate_changes_neither_gradient_nor_earlier_steps(momentum: float)
     """Estimates keep nothing of what they are given, and steps in flight stay what they were."""
     estimate = OwnOuterStep(lr=0.7, momentum=momentum, look_ahead=True, whole=True)
     gradient = normal(SIZE, 1)
-    first = estimate.expect(gradient, 1)
+    first = stepped(estimate, gradient)
     before = first.clone()
     gradient.zero_()
-    estimate.expect(normal(SIZE, 2), 1)
+    stepped(estimate, normal(SIZE, 2))
     assert torch.equal(before, first)
     gradient = normal(SIZE, 3)
-    estimate.expect(gradient, 1)
+    stepped(estimate, gradient)
     assert torch.equal(normal(SIZE, 3), gradient)
 
 
@@ -363,7 +373,7 @@ def test_a_start_does_not_change_when_later_pushes_come() -> None:
     estimate = OwnOuterStep(lr=0.7, momentum=0.5, look_ahead=True, whole=True)
     worker = WorkerFragment(base=base, bin=0, codec=EXACT, estimate=estimate)
     for seed in range(3):
-        worker.push(normal(SIZE, seed), 1)
+        pushed(worker, normal(SIZE, seed), 1)
         starts.append((worker.new_start(), worker.new_start().clone()))
     assert all(torch.equal(start, copy) for start, copy in starts)
     assert torch.equal(torch.zeros(SIZE), base)
@@ -372,18 +382,18 @@ def test_a_start_does_not_change_when_later_pushes_come() -> None:
 def test_newer_values_change_the_base_and_nothing_else() -> None:
     """Values that were fetched take the base's place, bin and all; what is in flight is still added."""
     worker, gradient = fragment(), normal(SIZE, 1)
-    worker.push(gradient, 1)
+    pushed(worker, gradient, 1)
     worker.rebase(normal(SIZE, 2), 7)
     assert torch.equal(normal(SIZE, 2) - gradient, worker.new_start())
-    assert worker.push(normal(SIZE, 3), 1).base_bin == 7
+    assert pushed(worker, normal(SIZE, 3), 1).base_bin == 7
 
 
 def test_pushes_are_numbered_and_name_the_newest_bin() -> None:
     """Seq counts from 1 without gaps, refused pushes included; the base bin is that of the newest answer."""
     worker = fragment()
-    pushes = [worker.push(normal(SIZE, 1), 1), worker.push(normal(SIZE, 2), 1)]
+    pushes = [pushed(worker, normal(SIZE, 1), 1), pushed(worker, normal(SIZE, 2), 1)]
     worker.receive(1, torch.zeros(SIZE), 5, applied=True)
-    pushes.append(worker.push(normal(SIZE, 3), 1))
+    pushes.append(pushed(worker, normal(SIZE, 3), 1))
     worker.receive(2, torch.zeros(SIZE), 6, applied=False)
-    pushes.append(worker.push(normal(SIZE, 4), 1))
+    pushes.append(pushed(worker, normal(SIZE, 4), 1))
     assert [(push.seq, push.base_bin) for push in pushes] == [(1, 0), (2, 0), (3, 5), (4, 6)]

@@ -47,7 +47,7 @@ def test_what_arrives_and_what_is_left_is_what_was_given(name: str, size: int, s
                 rounding += np.abs(residual.numpy()) * 2.0**-24
                 given_sum -= residual.numpy().astype(np.float64) * (1 - codec(name).residual_decay)
         given_sum += values.numpy().astype(np.float64)
-        arrived_sum += encoded.decoded.numpy().astype(np.float64)
+        arrived_sum += encoded.decode().numpy().astype(np.float64)
         residual = encoded.residual
     left = np.zeros(size) if residual is None else residual.numpy().astype(np.float64)
     assert np.all(np.abs(given_sum - arrived_sum - left) <= rounding * 1.01)
@@ -64,10 +64,10 @@ def test_the_residual_is_exact(name: str, size: int, seed: int, exponent: int) -
     values = normal(size, seed) * 2.0**exponent
     first = compensate(codec(name), values)
     assert first.residual is not None
-    assert torch.equal(values, first.decoded + first.residual)
+    assert torch.equal(values, first.decode() + first.residual)
     second = compensate(codec(name), values, first.residual)
     assert second.residual is not None
-    assert torch.equal(carried(name, values, first.residual), second.decoded + second.residual)
+    assert torch.equal(carried(name, values, first.residual), second.decode() + second.residual)
 
 
 @each_without_decay
@@ -79,20 +79,42 @@ def test_small_values_arrive_in_time(name: str) -> None:
     for _ in range(rounds):
         encoded = compensate(codec(name), values, residual)
         residual = encoded.residual
-        with_feedback += encoded.decoded
-        without += compensate(codec(name), values).decoded
+        with_feedback += encoded.decode()
+        without += compensate(codec(name), values).decode()
     off = float((with_feedback / rounds - values).abs().max())
     assert off < 0.1 * float((without / rounds - values).abs().max())
 
 
 @each_codec
 def test_the_message_is_what_the_receiver_decodes(name: str) -> None:
-    """`decoded` is what decoding the payload gives, and the payload is that of the compensated values."""
-    values, residual = normal(1000), normal(1000, 1) * 0.01
+    """The message decodes to what its payload does, whole and in pieces, and the payload is the compensated values'."""
+    values, residual = normal(600_000), normal(600_000, 1) * 0.01
     encoded = compensate(codec(name), values, residual)
     assert encoded.finite
     assert torch.equal(encode(codec(name), carried(name, values, residual)), encoded.payload)
-    assert torch.equal(decode(codec(name), encoded.payload, 1000), encoded.decoded)
+    arrived = decode(codec(name), encoded.payload, 600_000)
+    assert torch.equal(arrived, encoded.decode())
+    for num_elements in (600_000, 300_001):
+        pieces = [(where, piece.clone()) for where, piece in encoded.decoded_pieces(num_elements)]
+        assert len(pieces) > 1
+        assert torch.equal(arrived[:num_elements], torch.cat([piece for _, piece in pieces]))
+        assert all(torch.equal(arrived[where], piece) for where, piece in pieces)
+
+
+@each_codec
+@pytest.mark.parametrize("owed", [0.0, 0.01])
+def test_a_difference_is_encoded_as_if_it_were_given(name: str, owed: float) -> None:
+    """What is subtracted on the way gives the message of the difference, bit for bit."""
+    start, end = normal(1000), normal(1000, 1)
+    residual = normal(1000, 2) * owed if owed else None
+    given, on_the_way = (
+        compensate(codec(name), start - end, residual),
+        compensate(codec(name), start, residual, minus=end),
+    )
+    assert torch.equal(given.payload, on_the_way.payload)
+    assert (given.residual is None) == (on_the_way.residual is None)
+    if given.residual is not None and on_the_way.residual is not None:
+        assert torch.equal(given.residual, on_the_way.residual)
 
 
 @each_codec
@@ -130,7 +152,8 @@ def test_values_that_are_not_finite_keep_the_old_residual(name: str, bad: float)
     encoded = compensate(codec(name), values, residual)
     assert not encoded.finite
     assert encoded.residual is residual
-    assert torch.equal(torch.zeros(600), encoded.decoded)
+    assert torch.equal(torch.zeros(600), encoded.decode())
+    assert [piece.tolist() for _, piece in encoded.decoded_pieces(600)] == [[0.0] * 600]
     assert codec(name).encoded_bytes(600) == encoded.payload.numel()
 
 
@@ -149,8 +172,8 @@ def test_a_lossless_codec_pays_the_residual_off() -> None:
     plain, paid = compensate(codec("fp32"), values), compensate(codec("fp32"), values, residual)
     assert plain.residual is None
     assert paid.residual is None
-    assert torch.equal(values, plain.decoded)
-    assert torch.equal(values + residual, paid.decoded)
+    assert torch.equal(values, plain.decode())
+    assert torch.equal(values + residual, paid.decode())
 
 
 @each_codec

@@ -147,20 +147,23 @@ def test_numbers_that_are_not_finite_are_refused(name: str, bad: float, place: i
 
 @each_dense
 @prop
-@given(data=st.data(), has_residual=st.booleans())
-def test_error_feedback_has_the_same_bits(name: str, data: st.DataObject, has_residual: bool) -> None:
+@given(data=st.data(), has_residual=st.booleans(), is_difference=st.booleans())
+def test_error_feedback_has_the_same_bits(
+    name: str, data: st.DataObject, has_residual: bool, is_difference: bool
+) -> None:
     """The payload, what it decodes to and what it lacks are those of the plain way; what is given is not changed."""
     fast, plain = pair(name)
     values = data.draw(numbers())
     residual = data.draw(numbers(size=values.numel())) if has_residual else None
-    before = bits(values), bits(residual)
-    expected, encoded = compensate(plain, values, residual), compensate(fast, values, residual)
+    minus = data.draw(numbers(size=values.numel())) if is_difference else None
+    before = bits(values), bits(residual), bits(minus)
+    expected, encoded = (compensate(each, values, residual, minus=minus) for each in (plain, fast))
     assert expected.finite == encoded.finite
-    assert bits(expected.decoded) == bits(encoded.decoded)
+    assert bits(expected.decode()) == bits(encoded.decode())
     assert bits(expected.residual) == bits(encoded.residual)
     if expected.finite:
         assert bits(expected.payload) == bits(encoded.payload)
-    assert before == (bits(values), bits(residual))
+    assert before == (bits(values), bits(residual), bits(minus))
 
 
 @each_dense

@@ -278,7 +278,7 @@ def test_with_answers_at_once_a_rebased_worker_is_blocking_diloco(device: str, n
         for _ in range(3):
             live.step(-0.1 * (live.values - normal(SIZE, 100 + number)))
         gradient = live.outer_gradient()
-        push = worker.push(gradient, 1)
+        push = worker.push(gradient, torch.zeros(SIZE), 1)
         live.rebase(worker.new_start(), untouched=True)
         answer = only_answer(
             server.push(names(1)[0], seq=push.seq, base_bin=push.base_bin, gradient=_decoded(push.payload))
@@ -303,7 +303,7 @@ def test_an_answer_in_the_middle_of_a_round_moves_the_round_to_it(device: str, a
     estimate = OwnOuterStep(lr=0.5, momentum=0.0, look_ahead=False, whole=False)
     worker = WorkerFragment(base=fractions(0), bin=0, codec=EXACT, estimate=estimate)
     live.step(fractions(1))
-    push = worker.push(live.outer_gradient(), 1)
+    push = worker.push(live.outer_gradient(), torch.zeros(SIZE), 1)
     live.start.propose(worker.new_start())  # half of the step that the inner steps made
     answer = only_answer(
         server.push(names(1)[0], seq=push.seq, base_bin=push.base_bin, gradient=_decoded(push.payload))

@@ -360,7 +360,7 @@ def arrived_after(code: Codec, values: torch.Tensor, rounds: int) -> torch.Tenso
     arrived, residual = torch.zeros(values.shape, dtype=torch.float64), None
     for _ in range(rounds):
         encoded = compensate(code, values, residual)
-        arrived, residual = arrived + encoded.decoded, encoded.residual
+        arrived, residual = arrived + encoded.decode(), encoded.residual
     return arrived
 
 
@@ -388,9 +388,9 @@ def test_the_residual_is_exact_but_for_values_far_below_their_magnitude(values: 
     tensor = torch.from_numpy(values)
     encoded = compensate(TOPK, tensor)
     assert encoded.residual is not None
-    off = (encoded.decoded.double() + encoded.residual.double() - tensor.double()).abs()
-    rounded = tensor.abs() < encoded.decoded.abs() / 2
-    assert torch.all(off <= torch.where(rounded, encoded.decoded.abs().double() * 2.0**-24, 0.0))
+    off = (encoded.decode().double() + encoded.residual.double() - tensor.double()).abs()
+    rounded = tensor.abs() < encoded.decode().abs() / 2
+    assert torch.all(off <= torch.where(rounded, encoded.decode().abs().double() * 2.0**-24, 0.0))
 
 
 # --- What must be refused.

@@ -212,7 +212,7 @@ def test_a_prediction_is_what_the_server_publishes_when_all_push_the_same(look_a
         estimate=PredictedServer(lr=0.7, momentum=0.8, look_ahead=look_ahead),
     )
     for number in range(5):
-        push = fragment.push(normal(SIZE, 10 + number), 3)
+        push = fragment.push(normal(SIZE, 10 + number), torch.zeros(SIZE), 3)
         predicted = fragment.new_start()
         answer = only_answer(server.push(names(1)[0], push.seq, push.base_bin, decoded(push.payload)))
         assert_near(server.w, predicted, 1e-6)

@@ -26,10 +26,9 @@ _FLOAT_BYTES = 4
 
 
 class Compensated(NamedTuple):
-    """What error feedback makes of values: the payload (uint8 [m]), what it decodes to and what that lacks."""
+    """What error feedback makes of values: the payload (uint8 [m]), and what that lacks (float32 [n])."""
 
     payload: torch.Tensor
-    decoded: torch.Tensor
     lost: torch.Tensor
 
 
@@ -129,30 +128,36 @@ class CompiledCodec:
 
     # --- Beyond the codec interface.
 
-    def compensate(self, values: torch.Tensor, residual: torch.Tensor | None) -> Compensated | None:
-        """Encode c = values + residual (float32 [n] each), decode that, and subtract it from c; None if it cannot."""
-        compiled = self._kernels(values.numel(), values, *([] if residual is None else [residual]))
+    def compensate(
+        self, values: torch.Tensor, minus: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> Compensated | None:
+        """Encode c = values - minus + residual (float32 [n] each, the last two if given), and subtract that from c.
+
+        Returns:
+            The payload, and what it lacks; None if it cannot.
+        """
+        compiled = self._kernels(values.numel(), values, *(each for each in (minus, residual) if each is not None))
         if compiled is None:
             return None
-        full = _full(values.numel())
-        payload, decoded, lost = self._empty(values), torch.empty_like(values), torch.empty_like(values)
+        full, nothing = _full(values.numel()), values[:0]
+        payload, lost = self._empty(values), torch.empty_like(values)
         require_encodable(self.name, values, payload, payload.numel())
         coded = self._split(payload, values.numel())
-        owed = values[:0] if residual is None else residual
         compiled.compensate(
             self._number,
             values[:full].numpy(),
-            owed[:full].numpy(),
+            (nothing if minus is None else minus[:full]).numpy(),
+            (nothing if residual is None else residual[:full]).numpy(),
             coded.scales,
             coded.codes,
-            decoded[:full].numpy(),
             lost[:full].numpy(),
         )
-        rest = values[full:] if residual is None else values[full:] + residual[full:]
+        rest = values[full:] if minus is None else values[full:] - minus[full:]
+        rest = rest if residual is None else rest + residual[full:]
         coded.finish(encode(self.plain, rest))
-        self.plain.decode_range(payload, values.numel(), full, decoded[full:])
-        torch.sub(rest, decoded[full:], out=lost[full:])
-        return Compensated(payload, decoded, lost)
+        self.plain.decode_range(payload, values.numel(), full, lost[full:])
+        torch.sub(rest, lost[full:], out=lost[full:])
+        return Compensated(payload, lost)
 
     def encode_move(
         self, values: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor

@@ -20,12 +20,14 @@ Source: Karimireddy et al., Error Feedback Fixes SignSGD, arXiv 1901.09847, algo
 to the server.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.compiled import Compensated, CompiledCodec
+from paceline_wire.codecs.buffers import CHUNK_ELEMENTS, chunks
+from paceline_wire.codecs.compiled import CompiledCodec
 from paceline_wire.codecs.whole import encode
 from paceline_wire.errors import CodecError, InvalidInputError
 
@@ -34,62 +36,88 @@ from paceline_wire.errors import CodecError, InvalidInputError
 class Encoded:
     """One fragment's message and what follows from it. Treat its tensors as read-only: some may be the caller's own."""
 
+    codec: Codec
+    """Has written it."""
+    num_elements: int
+    """Elements that it says: n."""
     payload: torch.Tensor
     """What is sent: uint8 [codec.encoded_bytes(n)]."""
-    decoded: torch.Tensor
-    """What the receiver will make of it: float32 [n]; zeros if it will refuse the payload because finite is False."""
     residual: torch.Tensor | None
     """What this message lacks, of which the next one carries its part: float32 [n], or None for nothing."""
     finite: bool
     """Whether the receiver can accept the payload; if not, residual is the one that was given."""
 
+    def decode(self) -> torch.Tensor:
+        """What the receiver will make of it (float32 [n], the caller's own); zeros if finite is False."""
+        decoded = torch.zeros(self.num_elements, device=self.payload.device)
+        if self.finite:
+            self.codec.decode_range(self.payload, self.num_elements, 0, decoded)
+        return decoded
 
-def compensate(codec: Codec, values: torch.Tensor, residual: torch.Tensor | None = None) -> Encoded:
+    def decoded_pieces(self, num_elements: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """What the receiver will make of the first so many elements, in pieces that fit a cache.
+
+        Yields:
+            Where a piece is, and its numbers (float32 [k]): the caller's own until the next piece is asked for.
+        """
+        scratch = torch.zeros(min(CHUNK_ELEMENTS, num_elements), device=self.payload.device)
+        for first, end in chunks(num_elements):
+            piece = scratch[: end - first]
+            if self.finite:
+                self.codec.decode_range(self.payload, self.num_elements, first, piece)
+            else:
+                piece.zero_()
+            yield slice(first, end), piece
+
+
+def compensate(
+    codec: Codec, values: torch.Tensor, residual: torch.Tensor | None = None, *, minus: torch.Tensor | None = None
+) -> Encoded:
     """Encode values plus what the last acknowledged message lacked.
 
-    With c = values + residual_decay * residual, rounded to float32 after each operation: `decoded` is what the payload
-    decodes to, and the new residual is c - decoded, without rounding for every dense codec of this package and within
-    2^-24 of decoded for topk. A lossless codec leaves no residual; its `decoded` is c itself. Nothing that is given is
-    changed; no temporary is made of the size of values beyond what is returned.
+    With c = values - minus + residual_decay * residual, rounded to float32 after each operation: the new residual is
+    c less what the payload decodes to, without rounding for every dense codec of this package and within 2^-24 of that
+    for topk. A lossless codec leaves no residual; its payload decodes to c itself. Nothing that is given is changed.
 
     Args:
         codec: Writes the payload.
         values: The new message, contiguous float32 [n]. May be infinite or NaN, which gives `finite` = False.
         residual: The last acknowledged `Encoded.residual` of this fragment, float32 [n] on the same device.
+        minus: Is subtracted from values first, float32 [n] on the same device; None: nothing.
 
     Raises:
-        InvalidInputError: values are not as said, or the residual is of another shape.
+        InvalidInputError: values are not as said, or the residual or minus is of another shape.
     """
-    if residual is not None and (residual.shape != values.shape or residual.dtype != values.dtype):
-        raise InvalidInputError(
-            f"the residual {residual.dtype} {list(residual.shape)} does not belong to "
-            f"values {values.dtype} {list(values.shape)}"
-        )
-    if isinstance(codec, CompiledCodec) and not codec.lossless:
-        done = codec.compensate(values, residual)
-        if done is not None:
-            return _encoded(codec, done, residual)
-    compensated = values if residual is None else _sum(values, residual, codec.residual_decay)
-    payload = encode(codec, compensated)
+    for name, other in (("residual", residual), ("subtrahend", minus)):
+        if other is not None and (other.shape != values.shape or other.dtype != values.dtype):
+            raise InvalidInputError(
+                f"the {name} {other.dtype} {list(other.shape)} does not belong to "
+                f"values {values.dtype} {list(values.shape)}"
+            )
+    done = (
+        codec.compensate(values, minus, residual) if isinstance(codec, CompiledCodec) and not codec.lossless else None
+    )
+    payload, lost = done or _compensated(codec, values if minus is None else values - minus, residual)
     try:
         codec.check(payload, values.numel())
     except CodecError:
-        return Encoded(payload=payload, decoded=torch.zeros_like(values), residual=residual, finite=False)
+        finite, lost = False, residual
+    else:
+        finite = True
+    return Encoded(codec=codec, num_elements=values.numel(), payload=payload, residual=lost, finite=finite)
+
+
+def _compensated(
+    codec: Codec, values: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The payload of values + decay * residual (float32 [n] each), and what it lacks of that (float32 [n] or None)."""
+    compensated = values if residual is None else _sum(values, residual, codec.residual_decay)
+    payload = encode(codec, compensated)
     if codec.lossless:
-        return Encoded(payload=payload, decoded=compensated, residual=None, finite=True)
+        return payload, None
     decoded = torch.empty_like(values)
     codec.decode_range(payload, values.numel(), 0, decoded)
-    lost = values - decoded if residual is None else compensated.sub_(decoded)
-    return Encoded(payload=payload, decoded=decoded, residual=lost, finite=True)
-
-
-def _encoded(codec: Codec, done: Compensated, residual: torch.Tensor | None) -> Encoded:
-    """What was done in one pass, if the receiver can accept it."""
-    try:
-        codec.check(done.payload, done.decoded.numel())
-    except CodecError:
-        return Encoded(payload=done.payload, decoded=done.decoded.zero_(), residual=residual, finite=False)
-    return Encoded(payload=done.payload, decoded=done.decoded, residual=done.lost, finite=True)
+    return payload, torch.sub(compensated, decoded, out=decoded)
 
 
 def _sum(values: torch.Tensor, residual: torch.Tensor, decay: float) -> torch.Tensor:

@@ -377,14 +377,6 @@ def _subtract(x: Floats, y: Floats, out: Floats) -> None:
 
 
 @_jit
-def _split_off(c: Floats, d: Floats, decoded: Floats, lost: Floats) -> None:
-    a, b, o, p = c[:_E], d[:_E], decoded[:_E], lost[:_E]
-    for i in range(_E):
-        o[i] = b[i]
-        p[i] = a[i] - b[i]
-
-
-@_jit
 def _move(d: Floats, reference: Floats, moved: Floats) -> np.int32:
     """Write reference + d, by way of d: a loop over arrays that may be one and the same is not vectorized.
 
@@ -469,20 +461,25 @@ def step(
 def compensate(
     kind: int,
     values: Floats,
+    minus: Floats,
     residual: Floats,
     scales: Floats,
     codes: Bytes,
-    decoded: Floats,
     lost: Floats,
 ) -> None:
-    """Encode c = values + residual; write what that decodes to, and c minus it (float32 [n] each).
+    """Encode c = values - minus + residual; write c less what that decodes to (float32 [n] each).
 
-    residual may be empty: then c is values.
+    minus and residual may be empty: then c is without them.
     """
     c, d, size = _block(), _block(), _block_bytes(kind)
     for block in range(len(values) // _E):
         first, end = block * _E, (block + 1) * _E
-        if len(residual):
+        if len(minus) and len(residual):
+            _subtract(values[first:end], minus[first:end], d)
+            _add(d, residual[first:end], c)
+        elif len(minus):
+            _subtract(values[first:end], minus[first:end], c)
+        elif len(residual):
             _add(values[first:end], residual[first:end], c)
         else:
             _copy(values[first:end], c)
@@ -491,7 +488,7 @@ def compensate(
         if kind >= INT8:
             scales[block] = scale
         _decode_block(kind, scale, block_codes, d)
-        _split_off(c, d, decoded[first:end], lost[first:end])
+        _subtract(c, d, lost[first:end])
 
 
 def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: Bytes, moved: Floats) -> bool:
