@@ -101,6 +101,26 @@ async def test_one_run_whose_shards_come_back_one_by_one(shards: tuple[list[str]
     assert first.ended() == 0
 
 
+async def test_a_look_at_a_run_of_which_a_shard_is_away(shards: tuple[list[str], list[Shard]]) -> None:
+    """`paceline status` shows the shard that answers, names the other, and ends with code 3."""
+    addresses, (first, second) = shards
+    for shard in (first, second):
+        shard.announced()
+    second.process.kill()
+    second.ended()
+    for options in ([], ["--json"]):
+        command = [sys.executable, "-m", "paceline", "status", addresses[0], *options]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 3
+        assert done.stderr.startswith(f"shard 1 ({addresses[1]}): ")
+        if options:
+            here, away = json.loads(done.stdout)["shards"]
+            assert here["target"] == addresses[0]
+            assert (away["shard_index"], away["error"]) == (1, "UnavailableError")
+        else:
+            assert done.stdout.startswith("shard 0: not initialized")
+
+
 async def test_a_run_with_a_volume_for_each_shard_is_divided_anew(tmp_path: Path) -> None:
     """What docs/operation.md says, from two shards to three: parameters, momentum and a worker's numbers go on."""
     page = (ROOT / "docs" / "operation.md").read_text(encoding="utf-8")
