@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LONG_CALL_S = 3600.0
 """Seconds that a snapshot or a drain may take before the command gives up waiting; the shard goes on."""
 
+LONGEST_S = 100 * 365.25 * 86400
+"""The longest eviction that is not for ever: what the message can hold is not much more."""
+
 _DURATION = re.compile(r"(?P<count>[0-9]+(\.[0-9]+)?)(?P<unit>[smhd]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -37,9 +40,10 @@ class _Duration(click.ParamType[float]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         match = _DURATION.fullmatch(str(value))
-        if match is None or not float(match["count"]):
-            self.fail(f"{value!r} is no duration; write it like 90s, 30m, 12h or 7d", param, ctx)
-        return float(match["count"]) * _UNIT_S[match["unit"]]
+        duration_s = 0.0 if match is None else float(match["count"]) * _UNIT_S[match["unit"]]
+        if not 0 < duration_s <= LONGEST_S:
+            self.fail(f"{value!r} is no duration; write it like 90s, 30m, 12h or 7d, a century at most", param, ctx)
+        return duration_s
 
 
 class _Setting(click.ParamType[tuple[str, float | int]]):
