@@ -11,7 +11,16 @@ set -eu
 : "${SITE:?is the name in the credential, such as paris}"
 index="${INDEX:-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-${RANK:-0}}}}"
 if [ -n "${TOKEN_FILE:-}" ]; then
-    PACELINE_TOKEN="$(cat "$TOKEN_FILE")"
-    export PACELINE_TOKEN
+    case "$TOKEN_FILE" in
+        /*) ;;
+        *) TOKEN_FILE="$PWD/$TOKEN_FILE" ;;
+    esac
+    if [ ! -s "$TOKEN_FILE" ] || [ ! -r "$TOKEN_FILE" ]; then
+        echo "TOKEN_FILE=$TOKEN_FILE is not there, empty, or not for this user to read" >&2
+        exit 1
+    fi
+    # The file, not what is in it: the worker reads it again for every call, so a renewed token needs no restart.
+    unset PACELINE_TOKEN
+    export PACELINE_TOKEN_FILE="$TOKEN_FILE"
 fi
 exec "$@" --worker-id "$SITE.$index"

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli import EXIT_CODES, ExitCode
-from paceline.commands import REACH_S, as_mapping, connection_options
-from paceline_wire.errors import PacelineError
+from paceline.cli import exit_code_of
+from paceline.commands import REACH_S, connection_options, outcome_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
 LONG_CALL_S = 3600.0
 """Seconds that a snapshot or a drain may take before the command gives up waiting; the shard goes on."""
+
+LONGEST_S = 100 * 365.25 * 86400
+"""The longest eviction that is not for ever: what the message can hold is not much more."""
 
 _DURATION = re.compile(r"(?P<count>[0-9]+(\.[0-9]+)?)(?P<unit>[smhd]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -38,9 +40,10 @@ class _Duration(click.ParamType[float]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         match = _DURATION.fullmatch(str(value))
-        if match is None or not float(match["count"]):
-            self.fail(f"{value!r} is no duration; write it like 90s, 30m, 12h or 7d", param, ctx)
-        return float(match["count"]) * _UNIT_S[match["unit"]]
+        duration_s = 0.0 if match is None else float(match["count"]) * _UNIT_S[match["unit"]]
+        if not 0 < duration_s <= LONGEST_S:
+            self.fail(f"{value!r} is no duration; write it like 90s, 30m, 12h or 7d, a century at most", param, ctx)
+        return duration_s
 
 
 class _Setting(click.ParamType[tuple[str, float | int]]):
@@ -227,7 +230,7 @@ def _on_every_shard(
 def _report(outcomes: "list[Outcome[Any]]", as_json: bool, text: Callable[[Any], str]) -> None:
     """Print what became of each shard, and end with the exit code of the first that failed."""
     if as_json:
-        click.echo(json.dumps({"shards": [_outcome_mapping(outcome) for outcome in outcomes]}, indent=2))
+        click.echo(json.dumps({"shards": [outcome_mapping(outcome) for outcome in outcomes]}, indent=2))
     for outcome in outcomes:
         if outcome.error is not None:
             click.echo(f"shard {outcome.shard} ({outcome.target}): {outcome.error}", err=True)
@@ -237,20 +240,7 @@ def _report(outcomes: "list[Outcome[Any]]", as_json: bool, text: Callable[[Any],
     if failed:
         if len(failed) < len(outcomes):
             click.echo("Error: not all shards did it; give the command again once they answer", err=True)
-        raise click.exceptions.Exit(_exit_code(failed[0]))
-
-
-def _exit_code(error: PacelineError) -> ExitCode:
-    return next(EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES)
-
-
-def _outcome_mapping(outcome: "Outcome[Any]") -> dict[str, Any]:
-    told: dict[str, Any] = {"shard_index": outcome.shard, "target": outcome.target}
-    if outcome.error is not None:
-        told.update(error=type(outcome.error).__name__, reason=str(outcome.error))
-    if outcome.answer is not None:
-        told.update(as_mapping(outcome.answer))
-    return told
+        raise click.exceptions.Exit(exit_code_of(failed[0]))
 
 
 def _drained_text(answer: "admin_pb2.DrainResponse") -> str:

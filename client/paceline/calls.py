@@ -3,14 +3,15 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import grpc
 
 from paceline.channels import Access, backoff_s, error_of
 from paceline_wire import PROTOCOL_VERSION
-from paceline_wire.errors import InvalidInputError, PacelineError, ProtocolVersionError
+from paceline_wire.errors import InvalidInputError, PacelineError, ProtocolVersionError, UnavailableError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -33,6 +34,22 @@ async def called(call: Awaitable[_Answer], target: str) -> _Answer:
         return await call
     except grpc.RpcError as error:
         raise error_of(error, target) from error
+
+
+@contextmanager
+def channel_may_close(target: str) -> Iterator[None]:
+    """Around a call on a channel that may be closed meanwhile, which in grpc.aio cancels whoever waits for the answer.
+
+    Raises:
+        UnavailableError: The channel was closed.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise UnavailableError(f"the connection to {target} was replaced during the call") from None
 
 
 async def persistently(attempt: Callable[[], Awaitable[_Answer]], patience_s: float = REACH_S) -> _Answer:

@@ -4,12 +4,13 @@ import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
+from paceline.credential_files import CredentialFiles
 from paceline_wire.errors import (
     ERROR_METADATA_KEY,
     ERRORS_BY_NAME,
@@ -56,6 +57,7 @@ OK is among them for streams that should not have ended.
 """
 
 _INCARNATION = re.compile(r"[0-9]{1,20}")
+_TOKEN = re.compile(rb"[ -~]+")
 
 PING_S = 20
 """Seconds that a peer gets to answer a ping."""
@@ -97,11 +99,13 @@ class Access:
         tls: None: no TLS.
         token: The run's token, if it has one.
         token_file: The file that has it, which is read for every call, so that a renewed one is taken.
+        files: What was read last of that file, and of those of tls.
     """
 
     tls: TLS | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
+    files: CredentialFiles = field(default_factory=CredentialFiles, repr=False, compare=False)
 
     @classmethod
     def of(cls, tls: "TLS | str | Path | bool | None", token: str | None) -> "Access":
@@ -113,24 +117,38 @@ class Access:
                 names, if one of them is set.
 
         Raises:
-            InvalidInputError: That file cannot be read.
+            InvalidInputError: That file cannot be read, or what should be a token is none.
         """
         token = token or os.environ.get("PACELINE_TOKEN")
         path = os.environ.get("PACELINE_TOKEN_FILE")
         token_file = Path(path) if path and not token else None
-        if token_file is not None:
-            _token_in(token_file)
         if tls is True:
             tls = TLS()
         elif isinstance(tls, str | Path):
             tls = TLS(ca=tls)
-        return cls(tls=tls or None, token=token, token_file=token_file)
+        access = cls(tls=tls or None, token=token, token_file=token_file)
+        _ = access.metadata
+        return access
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of every call."""
-        token = self.token if self.token_file is None else _token_in(self.token_file)
-        return (("authorization", f"Bearer {token}"),) if token else ()
+        """The metadata of every call.
+
+        Raises:
+            InvalidInputError: The token is none, or its file cannot be read.
+        """
+        if self.token_file is None:
+            token, source = (self.token or "").encode(), "the token"
+        else:
+            token = self.files.read(self.token_file, "token file").strip()
+            source = f"what is in the token file {self.token_file}"
+        if not token:
+            return ()
+        if _TOKEN.fullmatch(token) is None:
+            raise InvalidInputError(
+                f"{source} is no token: it has line breaks, or other characters than those of ASCII"
+            )
+        return (("authorization", f"Bearer {token.decode()}"),)
 
     def channel(self, target: str, ping_s: int = PING_S) -> grpc.aio.Channel:
         """A channel to "host:port".
@@ -145,10 +163,13 @@ class Access:
         options: list[tuple[str, int | str]] = [*_OPTIONS, ("grpc.keepalive_timeout_ms", ping_s * 1000)]
         if self.tls is None:
             return grpc.aio.insecure_channel(target, options=options)
-        credentials = grpc.ssl_channel_credentials(_read(self.tls.ca), _read(self.tls.key), _read(self.tls.cert))
+        credentials = grpc.ssl_channel_credentials(*map(self._read, (self.tls.ca, self.tls.key, self.tls.cert)))
         if self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return grpc.aio.secure_channel(target, credentials, options=options)
+
+    def _read(self, path: str | Path | None) -> bytes | None:
+        return None if path is None else self.files.read(path, "TLS file")
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -197,20 +218,3 @@ def backoff_s(jitter: random.Random) -> Iterator[float]:
     while True:
         yield jitter.uniform(longest / 2, longest)
         longest = min(2 * longest, LONGEST_BACKOFF_S)
-
-
-def _token_in(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise InvalidInputError(f"the token file {path} (PACELINE_TOKEN_FILE) cannot be read: {reason}") from None
-
-
-def _read(path: str | Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"the TLS file {path} cannot be read: {error.strerror}") from error

@@ -65,6 +65,11 @@ EXIT_CODES: dict[type[errors.PacelineError], ExitCode] = {
 """The exit code of each error; the nearest class counts."""
 
 
+def exit_code_of(error: errors.PacelineError) -> ExitCode:
+    """With which code a command ends that an error has ended."""
+    return next(EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES)
+
+
 class EntryPointGroup(click.Group):
     """A group whose commands are the entry points, imported one by one as they are asked for."""
 
@@ -100,8 +105,7 @@ class EntryPointGroup(click.Group):
             return super().invoke(ctx)
         except errors.PacelineError as error:
             logger.debug("The command failed.", exc_info=True)
-            code = next(EXIT_CODES[cls] for cls in type(error).__mro__ if cls in EXIT_CODES)
-            _end(str(error), code)
+            _end(str(error), exit_code_of(error))
         except KeyboardInterrupt:
             _end("Interrupted.", ExitCode.INTERRUPTED)
 

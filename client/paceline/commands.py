@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli import exit_code_of
 from paceline_wire.errors import InvalidInputError, NotInitializedError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from paceline.channels import TLS
+    from paceline.shards import Outcome
     from paceline_wire.manifest import Manifest
     from paceline_wire.v1 import admin_pb2
 
@@ -33,18 +35,23 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ca = click.Path(exists=True, dir_okay=False)
 
     @functools.wraps(command)
-    def connecting(*args: Any, tls_cert: str | None, tls_key: str | None, **arguments: Any) -> Any:
+    def connecting(
+        *args: Any, tls_cert: str | None, tls_key: str | None, tls_server_name: str | None, **arguments: Any
+    ) -> Any:
         context = click.get_current_context()
         if context.get_parameter_source("token") is click.core.ParameterSource.COMMANDLINE:
             click.echo("Warning: whoever is on this machine can see the token in the list of processes.", err=True)
-        if tls_cert or tls_key:
+        if tls_cert or tls_key or tls_server_name:
             from paceline.channels import TLS
 
-            arguments["tls_ca"] = TLS(ca=arguments["tls_ca"], cert=tls_cert, key=tls_key)
+            ca = arguments["tls_ca"]
+            arguments["tls_ca"] = TLS(ca=ca, cert=tls_cert, key=tls_key, server_name=tls_server_name)
         return command(*args, **arguments)
 
     decorated: Callable[..., Any] = connecting
+    name = "The name in the server's certificate, if it is not the address's: behind a tunnel, or on Ray."
     for option in (
+        click.option("--tls-server-name", metavar="NAME", help=name),
         click.option("--tls-key", type=ca, help="The private key of that certificate."),
         click.option("--tls-cert", type=ca, help="Certificate to show to a server that asks for one."),
         click.option("--tls-ca", type=ca, help="CA file to verify the server with."),
@@ -60,11 +67,27 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @connection_options
 @click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
 def status(address: str, token: str | None, tls: bool, tls_ca: "TLS | str | None", as_json: bool) -> None:
-    """One look at the run served at ADDRESS (host:port of any shard)."""
-    shards = asyncio.run(_statuses(address, token, tls_ca or tls))
+    """One look at the run served at ADDRESS (host:port of any shard).
+
+    A shard that does not answer is named beside those that do; the exit code is then 3.
+    """
+    outcomes = asyncio.run(_looks(address, token, tls_ca or tls))
+    shards = [outcome.answer for outcome in outcomes if outcome.answer is not None]
+    errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if not shards:
+        raise errors[0]
     if as_json:
-        click.echo(json.dumps({"shards": [as_mapping(shard) for shard in shards]}, indent=2))
-        return
+        click.echo(json.dumps({"shards": [outcome_mapping(outcome) for outcome in outcomes]}, indent=2))
+    else:
+        _show(shards)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            click.echo(f"shard {outcome.shard} ({outcome.target}): {outcome.error}", err=True)
+    if errors:
+        raise click.exceptions.Exit(exit_code_of(errors[0]))
+
+
+def _show(shards: "Sequence[admin_pb2.StatusResponse]") -> None:
     for shard in shards:
         click.echo(_shard_text(shard))
         for warning in shard.warnings:
@@ -113,16 +136,12 @@ def _data_directory_reader() -> "Callable[[Path], tuple[Manifest, dict[str, torc
     return reader
 
 
-async def _statuses(address: str, token: str | None, tls: "TLS | str | bool") -> "list[admin_pb2.StatusResponse]":
+async def _looks(address: str, token: str | None, tls: "TLS | str | bool") -> "list[Outcome[admin_pb2.StatusResponse]]":
     # Not through `connect`: a look at a run needs no torch, which takes seconds to import.
     from paceline.channels import Access
     from paceline.shards import on_every_shard, status_of
 
-    outcomes = await on_every_shard(address, Access.of(tls, token), status_of, reach_s=REACH_S)
-    for outcome in outcomes:
-        if outcome.error is not None:
-            raise outcome.error
-    return [outcome.answer for outcome in outcomes if outcome.answer is not None]
+    return await on_every_shard(address, Access.of(tls, token), status_of, reach_s=REACH_S)
 
 
 async def _parameters(
@@ -141,6 +160,16 @@ def _in_model_dtypes(manifest: "Manifest", tensors: "dict[str, torch.Tensor]") -
     import torch
 
     return {spec.name: tensors[spec.name].to(getattr(torch, spec.dtype)) for spec in manifest.tensors}
+
+
+def outcome_mapping(outcome: "Outcome[Any]") -> dict[str, Any]:
+    """What became of a call to a shard, as JSON has it."""
+    told: dict[str, Any] = {"shard_index": outcome.shard, "target": outcome.target}
+    if outcome.error is not None:
+        told.update(error=type(outcome.error).__name__, reason=str(outcome.error))
+    if outcome.answer is not None:
+        told.update(as_mapping(outcome.answer))
+    return told
 
 
 def as_mapping(message: "Message") -> dict[str, Any]:

@@ -228,6 +228,8 @@ class ShardConnection:
                 wait_s = 0.0
                 if stripe.silence.lost(time.monotonic(), sent_s):
                     stripe.replace_channel()
+            except UnavailableError as error:
+                _log.debug("a probe was not answered: %s", error)
             else:
                 stripe.silence.answered(time.monotonic() - sent_s)
 

@@ -1,16 +1,15 @@
 """A worker's membership on one shard: joining, what the shard tells of it, and one heartbeat at a time."""
 
-import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
 import grpc
 
-from paceline.calls import CALL_S, called
+from paceline.calls import CALL_S, called, channel_may_close
 from paceline.channels import Access, error_of
 from paceline.stripe import Stripe
 from paceline_wire import PROTOCOL_VERSION
-from paceline_wire.errors import NotAMemberError, UnavailableError
+from paceline_wire.errors import NotAMemberError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 _Answer = TypeVar("_Answer")
@@ -71,14 +70,8 @@ class Membership:
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
         """
-        try:
+        with channel_may_close(self.target):
             return await called(call, self.target)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # The call was cancelled and not the caller: its channel was replaced.
-            raise UnavailableError(f"the connection to {self.target} was replaced during the call") from None
 
     async def heartbeat(self, stripe: Stripe) -> None:
         """Renew the lease, or join again if it ran out.
@@ -90,7 +83,8 @@ class Membership:
         request = pb.HeartbeatRequest(worker=self.worker, inner_step_us=self.inner_step_us())
         try:
             deadline_s, metadata = stripe.silence.deadline_s, self._access.metadata
-            answer = await stripe.stub.Heartbeat(request, timeout=deadline_s, metadata=metadata)
+            with channel_may_close(self.target):
+                answer = await stripe.stub.Heartbeat(request, timeout=deadline_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise LostHeartbeatError from error

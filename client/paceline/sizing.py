@@ -196,6 +196,8 @@ def recommended(
     pairs: Iterable[tuple[str, str]] = CODEC_PAIRS,
     window: int = 1,
     fragment_elements: int = DEFAULT_FRAGMENT_ELEMENTS,
+    momentum_up: bool = False,
+    momentum_down: bool = False,
 ) -> Setting:
     """The codecs with the most bytes that reach TARGET in rounds of at most so many steps; else those with the fewest.
 
@@ -207,10 +209,19 @@ def recommended(
         pairs: Codecs up and down to choose from, from the most bytes to the fewest.
         window: Rounds in flight at most.
         fragment_elements: The largest fragment.
+        momentum_up: Whether pushes carry the workers' momentum, too.
+        momentum_down: Whether updates carry the server's momentum, too.
     """
     settings: list[Setting] = []
     for uplink, downlink in pairs:
-        moved = traffic(num_elements, uplink, downlink, fragment_elements=fragment_elements)
+        moved = traffic(
+            num_elements,
+            uplink,
+            downlink,
+            fragment_elements=fragment_elements,
+            momentum_up=momentum_up,
+            momentum_down=momentum_down,
+        )
         count = best_connections(moved, paths)
         needed = inner_steps_for(moved, paths[count], step_s, window=window)
         steps = max(needed, wanted_steps)

@@ -7,7 +7,7 @@ from typing import cast
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from paceline.calls import CALL_S
+from paceline.calls import CALL_S, channel_may_close
 from paceline.channels import EXCHANGE_PING_S, Access
 from paceline.silence import Silence
 from paceline_wire.errors import UnavailableError
@@ -93,7 +93,9 @@ class Stripe:
 
         Raises:
             grpc.aio.AioRpcError: There was none.
+            UnavailableError: The connection was replaced meanwhile.
         """
         health = health_pb2_grpc.HealthStub(self.channel)
         call = health.Check(health_pb2.HealthCheckRequest(), timeout=deadline_s)
-        await cast("grpc.aio.UnaryUnaryCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]", call)
+        with channel_may_close(self._target):
+            await cast("grpc.aio.UnaryUnaryCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]", call)

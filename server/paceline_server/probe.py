@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
+from paceline_server.security.limits import Waits
 from paceline_wire.bulk import Bulk
 from paceline_wire.errors import InvalidInputError, UnavailableError
 from paceline_wire.transfer import MESSAGE_BYTES, PieceSize
@@ -94,12 +95,14 @@ class ProbeStream:
         probes: What bounds it.
         caller: Whose bytes it moves.
         write: Sends one message; returns when gRPC has room for the next.
+        waits: How long the caller's limit has held this call back.
     """
 
-    def __init__(self, probes: Probes, caller: str, write: Write) -> None:
+    def __init__(self, probes: Probes, caller: str, write: Write, waits: Waits) -> None:
         self._probes = probes
         self._caller = caller
         self._write = write
+        self._waits = waits
         self._writing = asyncio.Lock()
         self._received = 0
         self._reported_s = 0.0
@@ -117,7 +120,7 @@ class ProbeStream:
                 async for head, data in messages:
                     await self._take(head, len(data))
                 if self._received:
-                    await self._send(pb.ProbeResponse(received_bytes=self._received))
+                    await self._report()
                 if self._download is not None:
                     await self._download
         except TimeoutError:
@@ -140,14 +143,18 @@ class ProbeStream:
             self._received += num_bytes
             if time.monotonic() >= self._reported_s + REPORT_S:
                 self._reported_s = time.monotonic()
-                await self._send(pb.ProbeResponse(received_bytes=self._received))
+                await self._report()
+
+    async def _report(self) -> None:
+        limited_us = round(self._waits.received_s * 1e6)
+        await self._send(pb.ProbeResponse(received_bytes=self._received, limited_us=limited_us))
 
     async def _send_bytes(self, num_bytes: int) -> None:
         size = PieceSize()
         while num_bytes > 0:
             began_s = time.monotonic()
             piece = memoryview(_ZEROS)[: min(size.num_bytes, num_bytes)]
-            await self._send(pb.ProbeResponse(), piece)
+            await self._send(pb.ProbeResponse(limited_us=round(self._waits.sent_s * 1e6)), piece)
             size.observe(time.monotonic() - began_s)
             num_bytes -= len(piece)
 

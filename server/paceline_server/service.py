@@ -115,7 +115,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         """Tell what this shard hosts."""
         if request.protocol_version:
             _require_version(request.protocol_version)
-        shard = self._engine.shard
+        shard, calling = self._engine.shard, caller()
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
@@ -127,7 +127,8 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             active_workers=len(shard.membership.active),
             initialization_id=shard.initialization_id if shard.initialized else None,
             initializing=self._engine.initializing.locked(),
-            caller=caller().identity.name,
+            caller=calling.identity.name,
+            caller_mbit=calling.allowance.mbit if calling.allowance is not None else None,
         )
 
     @with_status
@@ -276,12 +277,13 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         self, request: AsyncIterator[Bulk[pb.ProbeRequest]], context: Context
     ) -> None:
         """Let a caller measure the way to this shard."""
-        caller = caller_of(context)
+        peer = caller_of(context)
+        name, waits = peer.identity or host_of(peer), caller().waits
         try:
             with self._probes.begin():
                 # Now: see Exchange.
                 await context.send_initial_metadata(())
-                await ProbeStream(self._probes, caller.identity or host_of(caller), context.write).run(request)
+                await ProbeStream(self._probes, name, context.write, waits).run(request)
         except PacelineError as error:
             await abort(context, error)
         except DecodeError as error:

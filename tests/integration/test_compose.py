@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SHARDS = ("shard-0", "shard-1")
 WORKERS = ("worker-1", "worker-2")
 
-LOOK = 'PACELINE_TOKEN="$(cat "$TOKEN_FILE")" exec paceline status --json --tls-ca /run/paceline/ca.pem shard-1:7070'
+LOOK = "PACELINE_TOKEN_FILE=/run/paceline/token exec paceline status --json --tls-ca /run/paceline/ca.pem shard-1:7070"
 """What docs/deploy.md has a user run in a worker's container, so with a worker's token."""
 
 PUSHES_BYTES = 1_000_000
@@ -78,7 +78,8 @@ def pushing(composition: Composition) -> list[tuple[str, ...]]:
 
 
 def test_keys_belong_to_those_who_need_them(composition: Composition) -> None:
-    """The first start makes credentials, each file for one user; a second start keeps them."""
+    """A start makes credentials, each file for one user, also after one that was cut off; a second start keeps them."""
+    (composition.volume("authority") / "new" / "authority").mkdir(parents=True)
     finished(composition.start("certs"))
     key = (composition.volume("server-credentials") / "server.key").read_bytes()
     finished(composition.start("certs"))

@@ -26,6 +26,7 @@ from integration.raw import RawWorker, ended
 from link import Link
 from link_queue import LinkShape
 from paceline.cli import cli
+from paceline.doctor import probing
 from paceline_server.probe import BURST_BYTES, MAX_CALLERS, MAX_PROBES, REFILL_BYTES_PER_S, Probes
 from paceline_wire.errors import UnavailableError
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -121,6 +122,37 @@ def test_it_measures_an_emulated_link_that_tcp_crosses(tmp_path: Path) -> None:
     assert set(problems(lossy)) == {"loss"}
 
 
+def test_it_tells_the_servers_limit_from_the_link(tmp_path: Path) -> None:
+    """Over loopback, which carries far more, what is measured is the identity's limit, and doctor says whose it is."""
+    folder = tmp_path / "certs"
+    make = ["certs", "make", str(folder), "--server", "localhost", "--worker", "paris"]
+    assert CliRunner().invoke(cli, make).exit_code == 0
+    token = (folder / "workers" / "paris" / "token").read_text().strip()
+    arguments = ("--connections", "2", "--seconds", "0.5", "--token", token)
+    for mbit, told in ((200, True), (0, False)):
+        config = {"security": {"token_key": str(folder / "server" / "token.pub")}, "limits": {"mbit": mbit}}
+        with paceline_server.local(config) as address:
+            found = doctor(address, *arguments)
+        if not told:
+            assert found["limit"] is None
+            continue
+        assert found["limit"] == {"caller": "paris", "mbit": 200, "num_shards": 1, "reached": ["up", "down"]}
+        (text,) = [each["text"] for each in found["findings"] if each["about"] == "limit"]
+        assert "is the server's limit for 'paris' and not what the link carries" in text
+
+
+def test_a_very_thin_link_is_measured_all_the_same(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First transfers are small enough for it; where nothing arrives in time, that is said, with code 3."""
+    monkeypatch.setattr(probing, "LONGEST_S", 4.0)
+    with relayed(served, 5, 0.2) as address:
+        (rate,) = doctor(address, "--connections", "1", "--seconds", "0.2")["rates"]
+        for way in ("up_bytes_per_s", "down_bytes_per_s"):
+            assert 0.05 * MBIT < rate[way] < 0.8 * MBIT
+        monkeypatch.setattr(probing, "LONGEST_S", 0.3)
+        found = doctor(address, "--connections", "1", "--seconds", "0.2", code=3)
+    assert "the link stands still, or is far too thin" in problems(found)["reach"]
+
+
 async def test_it_takes_the_model_and_its_speed_from_the_run() -> None:
     """With neither given, parameters are the run's and steps its fastest worker's; too short a round is warned of."""
     with paceline_server.local({"exchange": {"inner_steps": 1}}) as address:
@@ -188,6 +220,9 @@ def test_a_certificate_that_does_not_verify_is_named(tmp_path: Path) -> None:
             assert any(part in problems(found)["tls"] for part in reason.split("|")), found["findings"]
             plain = doctor(address, code=3)
             assert "TLS may be needed" in problems(plain)["reach"]
+            if name != "127.0.0.1":
+                told = ("--tls-ca", certificates.ca, "--tls-server-name", name)
+                assert not problems(doctor(address, *told, "--connections", "1", "--seconds", "0.1"))
     with paceline_server.local() as address:
         assert "does the server speak TLS?" in problems(doctor(address, "--tls-ca", other.ca, code=4))["tls"]
 
@@ -197,7 +232,8 @@ def test_what_cannot_be_reached_is_named(served: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         assert "no TCP connection" in problems(doctor(f"127.0.0.1:{taken.getsockname()[1]}", code=3))["reach"]
-    assert "cannot be resolved" in problems(doctor("nowhere.invalid:7070", code=3))["reach"]
+    for name in ("nowhere.invalid", "two..dots", "l" * 64 + ".example"):
+        assert "cannot be resolved" in problems(doctor(f"{name}:7070", code=3))["reach"]
     command = [sys.executable, "-u", "-c", OTHER_SERVER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -214,23 +250,47 @@ def test_a_server_that_answers_no_probes_is_no_fault(served: str) -> None:
     """One of before, which knows no `Probe`, is warned of; what can be found without is."""
     with RawWorker(served) as raw:
         description = raw.describe()
-    describe = grpc.unary_unary_rpc_method_handler(
-        lambda request, context: description,
-        request_deserializer=pb.DescribeRequest.FromString,
-        response_serializer=pb.DescribeResponse.SerializeToString,
-    )
-    older = grpc.server(ThreadPoolExecutor(2))
-    service = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
-    older.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Describe": describe}),))
-    port = older.add_insecure_port("127.0.0.1:0")
-    description.shards[0].port = port
-    older.start()
-    try:
-        found = doctor(f"127.0.0.1:{port}", code=1)
-    finally:
-        older.stop(None).wait(PATIENCE_S)
+    with describing(description) as address:
+        found = doctor(address, code=1)
     assert "answers no probes" in problems(found)["round trip"]
     assert found["reach"]["http2"] is True
+
+
+def test_a_server_of_another_protocol_version_is_named(served: str) -> None:
+    """Code 4, and which side to upgrade; likewise for a gRPC server of something else."""
+    with RawWorker(served) as raw:
+        description = raw.describe()
+    description.protocol_version = description.oldest_protocol_version = 99
+    with describing(description) as address:
+        found = doctor(address, code=4)
+    assert "upgrade the client" in problems(found)["reach"]
+    with describing(None) as address:
+        found = doctor(address, code=4)
+    assert "is not a Paceline server" in problems(found)["reach"]
+
+
+@contextmanager
+def describing(description: pb.DescribeResponse | None) -> Iterator[str]:
+    """The address of a gRPC server that knows `Describe` and nothing else; without a description, nothing at all."""
+    methods = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            lambda request, context: description,
+            request_deserializer=pb.DescribeRequest.FromString,
+            response_serializer=pb.DescribeResponse.SerializeToString,
+        )
+    }
+    server = grpc.server(ThreadPoolExecutor(2))
+    service = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
+    handlers = methods if description is not None else {}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    if description is not None:
+        description.shards[0].port = port
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait(PATIENCE_S)
 
 
 def test_it_prints_for_people(served: str) -> None:

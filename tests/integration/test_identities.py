@@ -26,7 +26,7 @@ from integration.patience import PATIENCE_S, wait_until_async
 from integration.raw import Ended, RawWorker, ended
 from paceline_server.security.command import certs
 from paceline_server.security.gate import MAX_REQUEST_BYTES
-from paceline_wire.errors import LimitExceededError, PermissionDeniedError, UnauthenticatedError
+from paceline_wire.errors import InvalidInputError, LimitExceededError, PermissionDeniedError, UnauthenticatedError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
@@ -213,6 +213,33 @@ async def test_an_expired_token_ends_its_stream_and_a_renewed_one_goes_on(
 
             await wait_until_async(first_is_refused)
             await client.exchange({"x": torch.zeros(3)}, base)
+
+
+async def test_a_token_file_that_is_being_renewed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that reads its token file while that is empty, or away, goes on with the token that it had."""
+    folder = tmp_path / "certs"
+    make_authority(folder, "--worker", "a")
+    file = folder / "workers" / "a" / "token"
+    monkeypatch.setenv("PACELINE_TOKEN_FILE", str(file))
+    config = {"security": {"token_key": security_of(folder)["token_key"]}, "schedule": {"lease_s": 3}}
+    with paceline_server.local(config) as address:
+        async with paceline.connect(address, worker_id="a") as client:
+            await client.initialize(START)
+            base = await client.exchange({"x": torch.zeros(3)}, await client.fetch())
+            file.write_text("")
+
+            async def a_heartbeat_met_it() -> bool:
+                return "what was in it before still counts" in caplog.text
+
+            await wait_until_async(a_heartbeat_met_it)
+            base = await client.exchange({"x": torch.zeros(3)}, base)
+            file.unlink()
+            await client.exchange({"x": torch.zeros(3)}, base)
+            with pytest.raises(InvalidInputError, match=r"the token file .* cannot be used: No such file"):
+                async with paceline.connect(address):
+                    pass
 
 
 async def test_certificates_are_replaced_while_it_serves(by_token: tuple[str, Path]) -> None:

@@ -14,13 +14,18 @@ import torch
 from torch import nn
 
 import paceline
+import paceline_server
 from integration.patience import PATIENCE_S, wait_until_async
+from integration.proxy import Proxy
+from integration.raw import RawWorker
 from paceline_server.storage.parameters import read_parameters
 from paceline_wire.errors import UnavailableError
 
 INNER_STEPS = 2
 SIZE = 1000
 FRAGMENTS = 4
+LEASE_S = 3.0
+"""With which workers send a heartbeat every 0.2 s."""
 
 
 class Shard:
@@ -176,3 +181,39 @@ async def test_an_observer_follows_and_doubts_what_makes_no_sense(
             answers[:] = addresses
             assert torch.equal((await client.fetch("fp32")).tensors["x"], torch.zeros(SIZE))
     assert "locate failed" in caplog.text
+
+
+async def test_heartbeats_that_were_under_way_when_a_shard_moved_go_on(tmp_path: Path) -> None:
+    """A shard whose host is silent moves: whoever watches its connections watches the new ones."""
+    config = {"schedule": {"lease_s": LEASE_S}, "exchange": {"fragment_elements": 256}}
+    with paceline_server.local(config) as address, Proxy(address) as proxy, RawWorker(address) as raw:
+        targets = [proxy.address]
+        zeros = {"x": torch.zeros(SIZE)}
+        async with paceline.connect(proxy.address, worker_id="w", connections=2, locate=lambda: targets) as client:
+            await client.initialize(zeros)
+            base = await client.exchange(zeros, await client.fetch())
+            proxy.hold("up")
+
+            async def is_silent() -> bool:
+                return silent_ms(raw) > LEASE_S * 1000 / 3
+
+            await wait_until_async(is_silent)
+            targets[0] = address
+            await client.exchange(zeros, base)
+            before_ms = silent_ms(raw)
+
+            async def heard_again() -> bool:
+                nonlocal before_ms
+                before_ms, last_ms = silent_ms(raw), before_ms
+                return before_ms < last_ms
+
+            await wait_until_async(heard_again)
+            (connection,) = client._session.connections
+            assert [len(stripe.tasks) for stripe in connection._stripes] == [2, 2]
+            assert not any(task.done() for stripe in connection._stripes for task in stripe.tasks)
+
+
+def silent_ms(raw: RawWorker) -> int:
+    """How long the shard has not heard of the worker."""
+    (member,) = raw.status().members
+    return member.silent_ms

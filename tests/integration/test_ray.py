@@ -1,5 +1,6 @@
 """A run on a real Ray cluster of several nodes: nodes are killed, the run goes on, and no push is lost."""
 
+import asyncio
 import os
 import re
 import signal
@@ -13,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import paceline
 from integration.restartable_worker import INNER_STEPS
+from paceline.cli import ExitCode, cli
 from paceline_server.storage.directory import ShardDirectory
 from paceline_server.storage.parameters import read_parameters
 from paceline_server.storage.recovery import recover
-from paceline_wire.errors import ConfigurationError, InvalidInputError, PacelineError
+from paceline_wire.errors import ConfigurationError, InvalidInputError, PacelineError, UnauthenticatedError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -189,7 +192,7 @@ async def test_nodes_die_and_no_push_is_lost(cluster: KillableCluster, tmp_path:
     assert len(fragments) == FRAGMENTS
     for hosted in fragments.values():
         answered = {name: each.seq for name, each in hosted.ledger.answered.items()}
-        assert answered == {f"killed-{worker}": results[worker]["rounds"] for worker in range(2)}
+        assert answered == {f"killed.{worker}": results[worker]["rounds"] for worker in range(2)}
     cluster.add("shards")
     cluster.add("workers")
 
@@ -207,9 +210,54 @@ def test_what_cannot_begin_says_why(cluster: KillableCluster, tmp_path: Path) ->
         paceline.ray.launch(fail, data_dir=tmp_path, config={"shards": 2})
     with pytest.raises(InvalidInputError, match="shard_options must not have max_restarts"):
         paceline.ray.launch(fail, data_dir=tmp_path, shard_options={"max_restarts": 1})
+    with pytest.raises(InvalidInputError, match="must agree on TLS"):
+        paceline.ray.launch(fail, data_dir=tmp_path, config={"security": {"tls_cert": "a", "tls_key": "b"}})
+    with pytest.raises(InvalidInputError, match="must agree on TLS"):
+        paceline.ray.launch(fail, data_dir=tmp_path, tls=True)
     weights = torch.zeros(100_000)
     with pytest.raises(InvalidInputError, match="may take 65536"):
         paceline.ray.launch(lambda worker: weights.sum() + worker.index, data_dir=tmp_path)
+
+
+async def test_a_run_with_tls_and_signed_tokens(cluster: KillableCluster, tmp_path: Path) -> None:
+    """The credentials of `paceline certs`, as docs/ray.md says: shards and workers use them, strangers stay out."""
+    certs = tmp_path / "certs"
+    make = ["certs", "make", str(certs), "--server", "secured", "--worker", "secured"]
+    assert CliRunner().invoke(cli, make).exit_code == 0
+    server, worker = certs / "server", certs / "workers" / "secured"
+    security = {
+        "tls_cert": str(server / "server.pem"),
+        "tls_key": str(server / "server.key"),
+        "token_key": str(server / "token.pub"),
+        "revoked": str(server / "revoked"),
+    }
+    token = (worker / "token").read_text().strip()
+    tls = paceline.TLS(ca=str(worker / "ca.pem"), server_name="secured")
+    with paceline.ray.launch(
+        train_until_enough,
+        data_dir=tmp_path / "run",
+        config={**CONFIG, "security": security},
+        shards=2,
+        workers=2,
+        name="secured",
+        token=token,
+        tls=tls,
+        **ON,
+    ) as run:
+        goes_on(tmp_path / "run")
+        async with paceline.connect(run.address, token=token, tls=tls, locate=run.locate) as client:
+            members = [{member.worker_id for member in each.members} for each in await client.statuses()]
+        assert members == [{"secured.0", "secured.1"}] * 2
+        with pytest.raises(UnauthenticatedError):
+            async with paceline.connect(run.address, tls=tls):
+                pass
+        look = ["status", run.address, "--token", token, "--tls-ca", str(worker / "ca.pem")]
+        for expected, code in (("secured", ExitCode.OK), ("another", ExitCode.UNREACHABLE)):
+            looked = await asyncio.to_thread(CliRunner().invoke, cli, [*look, "--tls-server-name", expected])
+            assert looked.exit_code == code, looked.output
+        (tmp_path / "run" / ENOUGH).touch()
+        results = run.wait(PATIENCE_S)
+    assert [result["refused"] for result in results] == [0, 0]
 
 
 def test_a_training_function_that_fails_is_told(cluster: KillableCluster, tmp_path: Path) -> None:

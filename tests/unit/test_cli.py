@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from paceline import cli as cli_module
+from paceline.admin_commands import admin
 from paceline.cli import EXIT_CODES, ExitCode, cli, main
 from paceline_wire import errors
 
@@ -215,3 +216,11 @@ class TestMain:
         """Paceline's loggers tell what happens when asked to, and only then."""
         run(*flags, "work")
         assert logged is ("working" in caplog.messages)
+
+
+@pytest.mark.parametrize("duration", ["0", "0s", "soon", "-1h", "101000000000000000d"])
+def test_what_is_no_duration_is_wrong_usage(duration: str) -> None:
+    """Nothing, words, and more than the message could hold: code 2, before anybody is called."""
+    result = CliRunner().invoke(admin, ["evict", "127.0.0.1:1", "w", f"--for={duration}"])
+    assert result.exit_code == ExitCode.USAGE, result.output
+    assert "is no duration" in result.output

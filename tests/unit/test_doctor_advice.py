@@ -1,12 +1,18 @@
 """What doctor makes of what it measured: rates from arrivals, and findings that warn where they should."""
 
+from typing import Any
+
 import pytest
 
 from paceline.doctor.advice import (
+    LONGEST_ROUND,
+    Expectation,
     Level,
+    Limit,
     Model,
     about_certificate,
     about_clock,
+    about_limit,
     about_loss,
     about_utilization,
     expectation,
@@ -16,6 +22,7 @@ from paceline.doctor.reach import Certificate
 from paceline.doctor.tcp_info import Connections
 from paceline_server.construction import run_configuration
 from paceline_server.settings import config_from_mapping
+from paceline_wire.v1 import parameter_server_pb2 as pb
 
 DAY_S = 86400.0
 
@@ -47,6 +54,16 @@ def test_a_rate_leaves_out_the_beginning_and_the_end() -> None:
     arrivals.note(0, 9.0, 4100)
     assert arrivals.rate(0.8) == pytest.approx(1000)
     assert arrivals.rate(100.0) == pytest.approx(1000)
+
+
+def test_a_transfer_that_was_broken_off_still_has_a_rate() -> None:
+    """Where something had arrived on each connection, as ever; where not, all that arrived in the time that it took."""
+    arrivals = Arrivals(2, 10.0)
+    arrivals.note(0, 35.0, 5000)
+    assert arrivals.num_bytes == 5000
+    assert arrivals.rate(0.1) == pytest.approx(200)
+    arrivals.note(1, 35.0, 2500)
+    assert arrivals.rate(0.1) == pytest.approx(300)
 
 
 def test_clocks_are_warned_of_beyond_what_the_round_trip_explains() -> None:
@@ -107,3 +124,107 @@ def test_it_recommends_what_reaches_the_target() -> None:
     warned = about_utilization(found)
     assert warned.level is Level.WARNING
     assert f"choose H = {found.configured_needs} or " in warned.text
+
+
+GIGABIT = 1e9 / 8
+
+
+def rates_of(up_bytes_per_s: float, down_bytes_per_s: float, *limited: float) -> tuple[Rate, ...]:
+    """A link that one connection fills, and for which share of the time the server held it back up and down."""
+    up, down = limited or (0.0, 0.0)
+    rate = Rate(
+        connections=1,
+        up_bytes_per_s=up_bytes_per_s,
+        down_bytes_per_s=down_bytes_per_s,
+        up_limited=up,
+        down_limited=down,
+    )
+    return (rate,)
+
+
+def test_the_servers_limit_is_not_taken_for_the_link() -> None:
+    """What was held back is named, in its direction; a link of plain Gigabit Ethernet, as fast as the limit, is not."""
+    run = pb.DescribeResponse(caller="paris", caller_mbit=1000, shards=[pb.Shard(port=1), pb.Shard(port=2)])
+    limit = Limit.of(run, rates_of(0.9 * GIGABIT, 1.05 * GIGABIT, 0.8, 0.9))
+    assert limit is not None
+    assert limit.reached == ("up", "down")
+    found = about_limit(limit)
+    assert found.level is Level.FINE
+    assert "what was measured up and down is the server's limit for 'paris' and not what the link carries" in found.text
+    assert "1 Gbit/s each way for each of the 2 shards" in found.text
+    assert "limits.mbit" in found.text
+    ethernet = Limit.of(run, rates_of(0.94 * GIGABIT, 0.98 * GIGABIT, 0.0, 0.01))
+    assert ethernet is not None
+    assert ethernet.reached == ()
+    assert "what was measured stays below it" in about_limit(ethernet).text
+    assert Limit.of(pb.DescribeResponse(caller="paris"), rates_of(1e9, 1e9)) is None
+    assert Limit.of(run, ()) is None
+
+
+def test_the_time_that_connections_were_held_back_is_a_share() -> None:
+    """The mean of the connections' newest words, of the time of the whole transfer."""
+    arrivals = Arrivals(2, 10.0)
+    arrivals.note(0, 12.0, 100, 1.0)
+    arrivals.note(0, 14.0, 200, 3.0)
+    arrivals.note(1, 14.0, 200, 1.0)
+    assert arrivals.limited_share == pytest.approx(0.5)
+
+
+def expected_of(config: dict[str, Any], num_elements: int, step_s: float, *rates: Rate) -> Expectation:
+    """What to expect of a run with a configuration."""
+    model = Model(num_elements=num_elements, step_s=step_s, source="as given")
+    return expectation(run_configuration(config_from_mapping(config)), model, rates, trips())
+
+
+def test_advice_names_the_limit_where_it_may_be_what_counts() -> None:
+    """Too short a round over a link that the server limits: the operator can help, too."""
+    limit = Limit(caller="paris", mbit=1000, num_shards=1, reached=("down",))
+    found = expected_of({}, 7_000_000_000, 0.5, *rates_of(GIGABIT, GIGABIT))
+    assert "let the operator raise limits.mbit" in about_utilization(found, limit).text
+    assert "limits.mbit" not in about_utilization(found).text
+    assert "limits.mbit" not in about_utilization(found, Limit(caller="a", mbit=1, num_shards=1, reached=())).text
+
+
+def test_recommendations_count_the_momentum_that_travels_too() -> None:
+    """Updates with the server's momentum are twice as large, whichever codecs: what is recommended takes as long."""
+    config = {"exchange": {"own_weight": "predicted"}}
+    found = expected_of(config, 1_000_000_000, 10.0, *rates_of(1e8, 1e8))
+    assert (found.configured.uplink, found.configured.downlink) == (
+        found.recommended.uplink,
+        found.recommended.downlink,
+    )
+    assert found.recommended.exchange_s == pytest.approx(found.configured.exchange_s)
+    pushed = expected_of(
+        {"outer": {"rule": "orlomo"}, "exchange": {"dynamic_inner_steps": False}}, 10**9, 0.1, *rates_of(1e5, 1e9)
+    )
+    assert pushed.recommended.uplink != "topk"
+
+
+def test_no_direction_is_recommended_more_bytes_than_it_has() -> None:
+    """A run that spares its uplink keeps doing so, however wide the link is there."""
+    found = expected_of({"exchange": {"uplink": "int4", "downlink": "fp32"}}, 10**9, 0.5, *rates_of(1e9, 1e8))
+    assert found.configured.utilization < 0.95
+    assert found.recommended.uplink in ("int4", "topk")
+    assert found.recommended.downlink != "fp32"
+
+
+@pytest.mark.parametrize("num_elements", [1, 10**13])
+@pytest.mark.parametrize("bytes_per_s", [10.0, 1e11])
+@pytest.mark.parametrize("step_s", [1e-6, 1e5])
+def test_extremes_have_an_answer(num_elements: int, bytes_per_s: float, step_s: float) -> None:
+    """The smallest and largest models, links and steps; rounds that are far too long come with what would be better."""
+    found = expected_of({}, num_elements, step_s, *rates_of(bytes_per_s, bytes_per_s))
+    told = about_utilization(found)
+    assert 0 < found.configured.utilization <= 1
+    assert found.recommended.utilization >= 0.95
+    too_long = found.recommended.inner_steps > LONGEST_ROUND
+    assert ("workers drift apart" in told.text) is (too_long and told.level is Level.WARNING)
+
+
+def test_advice_for_a_model_that_keeps_the_processors_busy() -> None:
+    """Where the link is not what takes long, neither it nor the server's limit is blamed."""
+    limit = Limit(caller="paris", mbit=1000, num_shards=1, reached=("up", "down"))
+    text = about_utilization(expected_of({}, 70_000_000_000, 1.0, *rates_of(2e9, 2e9)), limit).text
+    assert "faster processors, or more shards" in text
+    assert "limits.mbit" not in text
+    assert "a faster link or fewer" in about_utilization(expected_of({}, 10**9, 0.1, *rates_of(1e6, 1e6))).text

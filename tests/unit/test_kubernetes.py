@@ -244,3 +244,27 @@ def test_the_internet_has_a_load_balancer_for_each_shard() -> None:
     balancers = [each for each in found if each["spec"].get("type") == "LoadBalancer"]
     led_to = [each["spec"]["selector"]["statefulset.kubernetes.io/pod-name"] for each in balancers]
     assert led_to == [f"paceline-{index}" for index in range(the("StatefulSet", found)["spec"]["replicas"])]
+
+
+def test_a_run_is_divided_anew_in_a_pod_with_the_shards_volumes() -> None:
+    """Its claims are those that the StatefulSet makes, the new one likewise; it is as confined, with the same user."""
+    claim, pod = yaml.safe_load_all((MANIFESTS / "reshard.yaml").read_text())
+    for version in VERSIONS:
+        for each in (claim, pod):
+            kubernetes_validate.validate(each, version, strict=True)
+    stateful = the("StatefulSet", resources("shards"))
+    (template,) = stateful["spec"]["volumeClaimTemplates"]
+    assert claim["spec"] == template["spec"]
+    name = f"{template['metadata']['name']}-{stateful['metadata']['name']}"
+    claims = [each["persistentVolumeClaim"]["claimName"] for each in pod["spec"]["volumes"][:-1]]
+    assert claims == [f"{name}-{index}" for index in range(stateful["spec"]["replicas"] + 1)]
+    assert claim["metadata"]["name"] == claims[-1]
+    assert {each["name"] for each in pod["spec"]["volumes"]} == {
+        mount["name"] for mount in pod["spec"]["containers"][0]["volumeMounts"]
+    }
+    (shard,), (container,) = stateful["spec"]["template"]["spec"]["containers"], pod["spec"]["containers"]
+    assert container["securityContext"] == shard["securityContext"]
+    assert pod["spec"]["securityContext"] == stateful["spec"]["template"]["spec"]["securityContext"]
+    places = {mount["mountPath"] for mount in container["volumeMounts"]}
+    used = set(re.findall(r"(/volumes/\d)", (ROOT / "docs" / "operation.md").read_text()))
+    assert used <= places

@@ -86,7 +86,7 @@ def test_slurms_workers_get_their_names(tmp_path: Path) -> None:
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\nshift\nexec "$@"\n')
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$PACELINE_TOKEN" "$@"\n')
+    python.write_text('#!/bin/sh\ncat "$PACELINE_TOKEN_FILE"; echo "$@"\n')
     for path in (srun, python):
         path.chmod(0o755)
     (tmp_path / "token").write_text("secret\n")
@@ -94,13 +94,13 @@ def test_slurms_workers_get_their_names(tmp_path: Path) -> None:
     environ |= {"SERVER": "ps:7070", "TLS_CA": "ca.pem", "TRAIN_SECONDS": "5", "SLURM_PROCID": "3"}
     batch = ["bash", "deploy/slurm/workers.sbatch"]
     done = subprocess.run(batch, capture_output=True, text=True, check=False, env=environ, cwd=ROOT)
-    expected = "secret examples/train.py --address ps:7070 --tls-ca ca.pem --seconds 5 --worker-id a.3\n"
+    expected = "secret\nexamples/train.py --address ps:7070 --tls-ca ca.pem --seconds 5 --worker-id a.3\n"
     assert (done.stdout, done.stderr) == (expected, "")
 
 
 def launched(**environ: str) -> "subprocess.CompletedProcess[str]":
-    """Start a command by the launchers' script, which prints its token and its arguments."""
-    script = "import os, sys; print(os.environ.get('PACELINE_TOKEN'), *sys.argv[1:])"
+    """Start a command by the launchers' script, which prints where it would read its token, and its arguments."""
+    script = "import os, sys; print(os.environ.get('PACELINE_TOKEN_FILE'), *sys.argv[1:])"
     command = ["sh", str(WORKER), sys.executable, "-c", script, "--address", "a:7070"]
     env = {"PATH": os.environ["PATH"], **environ}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -122,11 +122,26 @@ def test_launchers_name_their_workers(environ: dict[str, str], worker: str) -> N
     assert done.stdout == f"None --address a:7070 --worker-id {worker}\n"
 
 
-def test_the_token_comes_from_its_file(tmp_path: Path) -> None:
-    """The token goes from the file to the variable, and is in no command line; a missing file ends it."""
+def test_the_token_stays_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is told the file, wherever its script goes: a renewed token is taken, and no other one counts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PACELINE_TOKEN", raising=False)
     (tmp_path / "token").write_text("secret\n")
-    assert launched(SITE="a", TOKEN_FILE=str(tmp_path / "token")).stdout.split()[0] == "secret"
-    assert launched(SITE="a", TOKEN_FILE=str(tmp_path / "gone")).returncode != 0
+    assert launched(SITE="a", TOKEN_FILE=str(tmp_path / "token")).stdout.split()[0] == str(tmp_path / "token")
+    script = "import os; os.chdir('/'); from paceline.channels import Access; print(*Access.of(None, None).metadata[0])"
+    command = ["sh", str(WORKER), sys.executable, "-c", script]
+    env = {**os.environ, "SITE": "a", "TOKEN_FILE": "token", "PACELINE_TOKEN": "another"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == "authorization Bearer secret\n"
+
+
+@pytest.mark.parametrize("name", ["gone", "empty"])
+def test_a_token_file_without_a_token_ends_it(name: str, tmp_path: Path) -> None:
+    """The script says which file, before anything is started."""
+    (tmp_path / "empty").touch()
+    done = launched(SITE="a", TOKEN_FILE=str(tmp_path / name))
+    assert done.returncode != 0
+    assert str(tmp_path / name) in done.stderr
 
 
 def test_a_worker_without_a_site_is_refused() -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def rows(page: str, heading: str) -> list[list[str]]:
     section = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to a page's headings are made of: small letters and digits, spaces as hyphens."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_to_headings_lead_to_them(page: Path) -> None:
+    """Every link to a part of a page of this repository names one of its headings."""
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), (target, anchor)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -121,10 +135,14 @@ def test_compose_and_dockerfiles_name_what_exists() -> None:
     assert {name_of(path) for path in DOCKERFILES} == set(re.findall(r"dockerfile: (\S+)", compose))
     for script in re.findall(r"/opt/paceline/(\w[\w/]*\.(?:py|sh))", compose):
         assert any((ROOT / folder / script).is_file() for folder in (".", "deploy")), script
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
     for dockerfile in DOCKERFILES:
         copied = re.findall(r"^COPY ((?!--).*) \S+$", dockerfile.read_text(encoding="utf-8"), re.MULTILINE)
         missing = [source for sources in copied for source in sources.split() if not (ROOT / source).exists()]
         assert not missing
+        assert {package.partition("/")[0] for package in wheel["packages"]} <= set(copied)
     variables = {field.variable for field in config_fields().values()} | OTHER_VARIABLES
     texts = [path.read_text(encoding="utf-8") for path in (COMPOSE, *DOCKERFILES, *PAGES)]
     assert set() == {name for text in texts for name in re.findall(r"PACELINE_[A-Z_]*[A-Z]", text)} - variables

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from paceline.cli import EXIT_CODES, ExitCode
+from paceline.cli import ExitCode, exit_code_of
 from paceline.commands import connection_options
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _exit_code(found: "Examination") -> ExitCode:
     if found.reach.failed is not None:
         return ExitCode.REFUSED if found.reach.failed == "tls" else ExitCode.UNREACHABLE
     if found.error is not None:
-        return next(EXIT_CODES[cls] for cls in type(found.error).__mro__ if cls in EXIT_CODES)
+        return exit_code_of(found.error)
     level = worst(found.findings)
     if level is Level.PROBLEM:
         return ExitCode.UNREACHABLE

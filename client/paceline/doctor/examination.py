@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
@@ -15,9 +16,11 @@ from paceline.doctor.advice import (
     Expectation,
     Finding,
     Level,
+    Limit,
     Model,
     about_certificate,
     about_clock,
+    about_limit,
     about_loss,
     about_round_trip,
     about_utilization,
@@ -27,7 +30,7 @@ from paceline.doctor.probing import Prober, Rate, RoundTrips, probing
 from paceline.doctor.reach import Reach, reach
 from paceline.doctor.tcp_info import Connections, connections_to
 from paceline_wire.errors import PacelineError, ProtocolVersionError
-from paceline_wire.manifest import Manifest
+from paceline_wire.manifest import DEFAULT_FRAGMENT_ELEMENTS, Manifest
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -53,6 +56,7 @@ class Examination:
         others: Likewise for the run's other shards.
         trips: Round trips and clocks.
         rates: What the link carries, by connections.
+        limit: What the server lets this caller take of it; None: it tells of no limit.
         connections: What the kernel knows of the transfers.
         loss: Share of small messages up, at a low rate, that had to be sent again; None: not known.
         expected: What to expect of the run.
@@ -64,6 +68,7 @@ class Examination:
     others: list[Reach] = field(default_factory=list)
     trips: RoundTrips | None = None
     rates: tuple[Rate, ...] = ()
+    limit: Limit | None = None
     connections: Connections | None = None
     loss: float | None = None
     expected: Expectation | None = None
@@ -109,15 +114,12 @@ async def examine(target: str, access: Access, wishes: Wishes, tell: Callable[[s
     try:
         run, targets = await find_run(target, access, REACH_S)
         await _look_at_others(found, targets, target, access)
-        async with probing(target, access, wishes.seconds) as prober:
-            await _measure(found, prober, wishes, tell)
+        await _probe(found, target, access, wishes, tell)
+        _note_limit(found, run)
         await _expect(found, run, target, access, wishes)
-    except ProtocolVersionError as error:
-        text = f"the server answers no probes, so nothing more can be measured: {error}"
-        found.findings.append(Finding(about="round trip", level=Level.WARNING, text=text))
-    except (PacelineError, TimeoutError) as error:
-        found.error = error if isinstance(error, PacelineError) else PacelineError(f"a transfer did not end: {error}")
-        found.findings.append(Finding(about="reach", level=Level.PROBLEM, text=str(found.error)))
+    except PacelineError as error:
+        found.error = error
+        found.findings.append(Finding(about="reach", level=Level.PROBLEM, text=str(error)))
     return found
 
 
@@ -130,6 +132,16 @@ async def _look_at_others(found: Examination, targets: list[str], target: str, a
             found.findings.append(Finding(about="shards", level=Level.PROBLEM, text=text))
 
 
+async def _probe(found: Examination, target: str, access: Access, wishes: Wishes, tell: Callable[[str], None]) -> None:
+    """Measure what can be measured; a server of before answers no probes, which is no fault."""
+    try:
+        async with probing(target, access, wishes.seconds) as prober:
+            await _measure(found, prober, wishes, tell)
+    except ProtocolVersionError as error:
+        text = f"the server answers no probes, so nothing more can be measured: {error}"
+        found.findings.append(Finding(about="round trip", level=Level.WARNING, text=text))
+
+
 async def _measure(found: Examination, prober: Prober, wishes: Wishes, tell: Callable[[str], None]) -> None:
     tell("measuring round trips")
     found.trips = await prober.round_trips()
@@ -140,12 +152,23 @@ async def _measure(found: Examination, prober: Prober, wishes: Wishes, tell: Cal
             found.rates += (await prober.rate(count),)
     port = split_address(found.reach.target)[1]
     found.connections = connections_to(port)
-    if found.connections is not None and found.trips.median_s >= SHORTEST_ROUND_TRIP_S:
+    if found.trips.median_s < SHORTEST_ROUND_TRIP_S:
+        text = "not looked for: the server is on this host or beside it"
+        found.findings.append(Finding(about="loss", level=Level.FINE, text=text))
+        return
+    if found.connections is not None:
         tell("measuring losses")
-        await prober.trickle(max(rate.up_bytes_per_s for rate in found.rates))
+        with suppress(TimeoutError):
+            await prober.trickle(max(rate.up_bytes_per_s for rate in found.rates))
         after = connections_to(port)
         found.loss = after.loss_since(found.connections) if after is not None else None
     found.findings.append(about_loss(found.loss, found.connections))
+
+
+def _note_limit(found: Examination, run: pb.DescribeResponse) -> None:
+    found.limit = Limit.of(run, found.rates)
+    if found.limit is not None:
+        found.findings.append(about_limit(found.limit))
 
 
 async def _expect(found: Examination, run: pb.DescribeResponse, target: str, access: Access, wishes: Wishes) -> None:
@@ -157,9 +180,13 @@ async def _expect(found: Examination, run: pb.DescribeResponse, target: str, acc
         found.findings.append(Finding(about="utilization", level=Level.FINE, text=text))
         return
     found.expected = expectation(
-        run.configuration, model, found.rates, found.trips, fragment_elements=run.fragment_elements
+        run.configuration,
+        model,
+        found.rates,
+        found.trips,
+        fragment_elements=run.fragment_elements or DEFAULT_FRAGMENT_ELEMENTS,
     )
-    found.findings.append(about_utilization(found.expected))
+    found.findings.append(about_utilization(found.expected, found.limit))
 
 
 async def _model(run: pb.DescribeResponse, target: str, access: Access, wishes: Wishes) -> Model | None:

@@ -16,7 +16,7 @@ from paceline.calls import CALL_S, called
 from paceline.channels import Access, error_of_status
 from paceline_wire import bulk
 from paceline_wire.bulk import Bulk
-from paceline_wire.errors import PacelineError
+from paceline_wire.errors import PacelineError, UnavailableError
 from paceline_wire.transfer import MESSAGE_BYTES, PieceSize
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -26,14 +26,15 @@ PINGS = 20
 PING_PAUSE_S = 0.02
 """Seconds between them, so that each finds the connection quiet."""
 
-FIRST_BYTES = 256 * 1024
-"""What the first transfer moves; the next ones grow until they take long enough."""
+FIRST_BYTES = 32 * 1024
+"""What the first transfer moves: so little that it passes a link of 20 kbit/s. The next ones grow until they take long
+enough."""
 
 MOST_BYTES = 96 * 1024 * 1024
 """What a transfer moves at most, over all connections: what a shard allows a caller is enough for all transfers."""
 
 LONGEST_S = 25.0
-"""Seconds after which a transfer is broken off: the shard would do so soon after."""
+"""Seconds after which a transfer is broken off, and what has arrived counts: the shard would end it soon after."""
 
 SLOW_START_SHARE, SLOW_START_ROUND_TRIPS, MOST_SLOW_START_SHARE = 1 / 3, 7, 2 / 3
 """Of a transfer's time, the beginning that is not counted, since windows grow in it: a third, or seven round trips, in
@@ -81,11 +82,15 @@ class Rate:
         connections: How many.
         up_bytes_per_s: To the shard.
         down_bytes_per_s: From it.
+        up_limited: Share of that time in which the shard read nothing, since the caller had sent all that it may.
+        down_limited: Likewise for what it received.
     """
 
     connections: int
     up_bytes_per_s: float
     down_bytes_per_s: float
+    up_limited: float = 0.0
+    down_limited: float = 0.0
 
 
 class Arrivals:
@@ -93,20 +98,34 @@ class Arrivals:
 
     def __init__(self, connections: int, began_s: float) -> None:
         self._arrived: list[list[tuple[float, int]]] = [[(began_s, 0)] for _ in range(connections)]
+        self._limited_s = [0.0] * connections
 
-    def note(self, connection: int, now_s: float, num_bytes: int) -> None:
-        """Note that so many bytes in all have arrived on a connection."""
+    def note(self, connection: int, now_s: float, num_bytes: int, limited_s: float = 0.0) -> None:
+        """Note that so many bytes in all have arrived on a connection, which was held back for so long in all."""
         self._arrived[connection].append((now_s, num_bytes))
+        self._limited_s[connection] = limited_s
 
     @property
     def took_s(self) -> float:
         """Seconds until the last byte of the last connection."""
         return max(arrived[-1][0] for arrived in self._arrived) - self._arrived[0][0][0]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that have arrived over all connections."""
+        return sum(arrived[-1][1] for arrived in self._arrived)
+
+    @property
+    def limited_share(self) -> float:
+        """Share of the time in which connections were held back, since the caller had taken all that it may."""
+        return min(1.0, statistics.fmean(self._limited_s) / max(self.took_s, 1e-9))
+
     def rate(self, round_trip_s: float) -> float:
         """Bytes a second while all connections were busy, without the beginning."""
         began_s = self._arrived[0][0][0]
         ended_s = min(arrived[-1][0] for arrived in self._arrived)
+        if ended_s <= began_s:  # broken off before something had arrived on each
+            return self.num_bytes / max(self.took_s, 1e-9)
         took_s = ended_s - began_s
         growing_s = max(took_s * SLOW_START_SHARE, SLOW_START_ROUND_TRIPS * round_trip_s)
         counted_s = began_s + min(growing_s, took_s * MOST_SLOW_START_SHARE)
@@ -176,10 +195,13 @@ class Prober:
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
         """
+        up, down = await self._measured("up", connections), await self._measured("down", connections)
         return Rate(
             connections=connections,
-            up_bytes_per_s=await self._measured("up", connections),
-            down_bytes_per_s=await self._measured("down", connections),
+            up_bytes_per_s=up.rate(self._round_trip_s),
+            down_bytes_per_s=down.rate(self._round_trip_s),
+            up_limited=up.limited_share,
+            down_limited=down.limited_share,
         )
 
     async def trickle(self, rate_bytes_per_s: float) -> None:
@@ -187,6 +209,7 @@ class Prober:
 
         Raises:
             PacelineError: The shard refuses, or cannot be reached.
+            TimeoutError: They did not arrive in time.
         """
         (channel,) = self._opened(1)
         pause_s = max(TRICKLE_PAUSE_S, 5 * TRICKLE_BYTES / rate_bytes_per_s)
@@ -203,25 +226,39 @@ class Prober:
         """End the connections."""
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def _measured(self, direction: str, connections: int) -> float:
-        """Move more and more bytes until that takes long enough; what the last transfer carried."""
+    async def _measured(self, direction: str, connections: int) -> Arrivals:
+        """Move more and more bytes until that takes long enough; the last transfer."""
         wanted_s = max(self._seconds, TRANSFER_ROUND_TRIPS * self._round_trip_s)
         while True:
             num_bytes = self._bytes[direction]
             arrivals = await self._transfer(direction, connections, num_bytes)
             took_s = max(arrivals.took_s, 1e-6)
+            if took_s > 2 * wanted_s:
+                self._bytes[direction] = round(arrivals.num_bytes * wanted_s / took_s)
             if took_s >= ENOUGH_SHARE * wanted_s or num_bytes >= MOST_BYTES:
-                return arrivals.rate(self._round_trip_s)
+                return arrivals
             grown = num_bytes * min(8.0, 1.2 * wanted_s / took_s)
             self._bytes[direction] = min(MOST_BYTES, round(grown))
 
     async def _transfer(self, direction: str, connections: int, num_bytes: int) -> Arrivals:
+        """Move so many bytes, or as many as the link carries in LONGEST_S.
+
+        Raises:
+            PacelineError: The shard refuses, or cannot be reached; or nothing arrived.
+        """
         channels = self._opened(connections)
         arrivals = Arrivals(connections, time.perf_counter())
         move = self._upload if direction == "up" else self._download
         share = max(1, num_bytes // connections)
-        async with asyncio.timeout(LONGEST_S):
-            await asyncio.gather(*(move(index, each, share, arrivals) for index, each in enumerate(channels)))
+        try:
+            async with asyncio.timeout(LONGEST_S):
+                await asyncio.gather(*(move(index, each, share, arrivals) for index, each in enumerate(channels)))
+        except TimeoutError:
+            if not arrivals.num_bytes:
+                raise UnavailableError(
+                    f"nothing of a transfer {direction} arrived within {LONGEST_S:g} s: the link stands still, or is "
+                    "far too thin for a run; look at it with other tools, and try again"
+                ) from None
         return arrivals
 
     async def _upload(self, index: int, channel: grpc.aio.Channel, num_bytes: int, arrivals: Arrivals) -> None:
@@ -230,7 +267,7 @@ class Prober:
             try:
                 while True:
                     head, _ = await self._next(call)
-                    arrivals.note(index, time.perf_counter(), head.received_bytes)
+                    arrivals.note(index, time.perf_counter(), head.received_bytes, head.limited_us / 1e6)
                     if head.received_bytes >= num_bytes:
                         break
             finally:
@@ -252,9 +289,9 @@ class Prober:
             await call.write(Bulk(pb.ProbeRequest(download_bytes=num_bytes), b""))
             received = 0
             while received < num_bytes:
-                _, data = await self._next(call)
+                head, data = await self._next(call)
                 received += len(data)
-                arrivals.note(index, time.perf_counter(), received)
+                arrivals.note(index, time.perf_counter(), received, head.limited_us / 1e6)
 
     async def _require_probes(self, channel: grpc.aio.Channel) -> None:
         """Send one ping as a call with one answer: a stream that is refused as it begins may lose the reason."""

@@ -93,7 +93,7 @@ def reach(target: str, tls: TLS | None) -> Reach:
             else:
                 name = tls.server_name or host.strip("[]")
                 with _secured(context, connected, name, found) as secured:
-                    found.http2 = _speaks_http2(secured, "it may ask for a certificate of the client")
+                    found.http2 = _speaks_http2(secured, "it may ask for a certificate of the client: --tls-cert")
     except _StepFailedError as error:
         found.failed, found.problem = error.step, str(error)
     return found
@@ -104,8 +104,9 @@ def _connected(host: str, port: int, found: Reach) -> Iterator[socket.socket]:
     began_s = time.perf_counter()
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise _StepFailedError("dns", f"the name {host!r} cannot be resolved: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: it is no name that the DNS could have
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise _StepFailedError("dns", f"the name {host!r} cannot be resolved: {cause}; is it written right?") from error
     found.resolve_s = time.perf_counter() - began_s
     found.addresses = tuple(dict.fromkeys(str(info[4][0]) for info in infos))
     problems = []
@@ -134,7 +135,10 @@ def _secured(context: ssl.SSLContext, plain: socket.socket, name: str, found: Re
     try:
         secured = context.wrap_socket(plain, server_hostname=name)
     except ssl.SSLCertVerificationError as error:
-        raise _StepFailedError("tls", f"the server's certificate does not verify: {error.verify_message}") from error
+        advice = "is the CA file the run's own, and is the address one that the certificate is for?"
+        raise _StepFailedError(
+            "tls", f"the server's certificate does not verify: {error.verify_message}; {advice}"
+        ) from error
     except ssl.SSLError as error:
         advice = "does the server speak TLS?" if "VERSION" in str(error.reason) else "is the certificate right?"
         raise _StepFailedError("tls", f"no TLS: {error.reason or error}; {advice}") from error

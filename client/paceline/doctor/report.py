@@ -8,7 +8,7 @@ import click
 from paceline.doctor.advice import Expectation, Finding, Level
 from paceline.doctor.examination import Examination
 from paceline.doctor.probing import Rate
-from paceline.sizing import TARGET, megabits
+from paceline.sizing import TARGET, Setting, megabits
 
 _COLORS = {Level.FINE: "green", Level.WARNING: "yellow", Level.PROBLEM: "red"}
 
@@ -58,11 +58,15 @@ def _expectation_text(expected: Expectation) -> str:
     return (
         f"For {model.num_elements:,} parameters and steps of {model.step_s:.3g} s ({model.source}):\n"
         f"  as the run is configured: {now.uplink} up, {now.downlink} down, H = {now.inner_steps}, "
-        f"{now.connections} connections: utilization {100 * now.utilization:.0f} %, an exchange {now.exchange_s:.3g} s"
+        f"{_connections(now)}: utilization {100 * now.utilization:.0f} %, an exchange {now.exchange_s:.3g} s"
         f"; H = {expected.configured_needs} gives {100 * TARGET:.0f} %\n"
-        f"  recommended: {choice.uplink} up, {choice.downlink} down, H = {choice.inner_steps}, {choice.connections} "
-        f"connections: utilization {100 * choice.utilization:.0f} %, an exchange {choice.exchange_s:.3g} s"
+        f"  recommended: {choice.uplink} up, {choice.downlink} down, H = {choice.inner_steps}, "
+        f"{_connections(choice)}: utilization {100 * choice.utilization:.0f} %, an exchange {choice.exchange_s:.3g} s"
     )
+
+
+def _connections(setting: Setting) -> str:
+    return "1 connection" if setting.connections == 1 else f"{setting.connections} connections"
 
 
 def worst(findings: list[Finding]) -> Level:

@@ -63,8 +63,10 @@ def launch(
         shard_options: Ray's options of each shard's actor, such as {"num_cpus": 4, "resources": {...}}. Unless given,
             one CPU each, spread over the nodes.
         worker_options: Ray's options of each worker's actor, such as {"num_gpus": 1}; as above.
-        token: The run's token for the workers, if it has one; it is no part of the configuration.
-        tls: How workers verify the shards, see `paceline.join`; files must be on every node.
+        token: The run's token for the workers, if it has one; it is no part of the configuration. A signed one must be
+            made for the run's name (`paceline certs make ... --worker NAME`), under which all its workers act.
+        tls: How workers verify the shards, see `paceline.join`; files must be on every node. Shards move between nodes,
+            so give the name that is in their certificate: `paceline.TLS(ca=..., server_name=...)`.
         start_s: Seconds that the shards may take to serve.
 
     Raises:
@@ -82,7 +84,7 @@ def launch(
         num_shards=_count("shards", shards),
         num_workers=_count("workers", workers),
         data_dir=_data_dir(data_dir),
-        config=_config(config or {}),
+        config=_config(config or {}, has_tls=bool(tls)),
         token=token,
         tls=tls,
     )
@@ -200,9 +202,14 @@ def _data_dir(data_dir: str | Path) -> Path:
     return path
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _config(config: Mapping[str, Any], *, has_tls: bool) -> dict[str, Any]:
     if "shards" in config or "data_dir" in config.get("storage", {}):
         raise InvalidInputError("config must not have shards and storage.data_dir: they are arguments of launch")
+    if has_tls != bool(config.get("security", {}).get("tls_cert")):
+        raise InvalidInputError(
+            "shards and workers must agree on TLS: give config security.tls_cert and security.tls_key, and launch tls; "
+            "or none of them"
+        )
     try:
         plain: dict[str, Any] = json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:

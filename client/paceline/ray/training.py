@@ -18,7 +18,8 @@ class WorkerContext:
     Attributes:
         index: Which of the workers this is, from 0.
         num_workers: How many there are.
-        worker_id: Its name, the same whenever the cluster starts it again.
+        worker_id: Its name, the same whenever the cluster starts it again: the run's, a dot and its index, so that a
+            credential made for the run's name may act as it.
         folder: A folder of its own in the run's data directory, which every node sees.
         token: The run's token, if it has one.
         tls: How it verifies the shards.
@@ -33,7 +34,7 @@ class WorkerContext:
     def __init__(self, spec: RunSpec, index: int, locate: Locate) -> None:
         self.index = index
         self.num_workers = spec.num_workers
-        self.worker_id = f"{spec.name}-{index}"
+        self.worker_id = f"{spec.name}.{index}"
         self.folder = spec.data_dir / f"worker-{index}"
         self.token = spec.token
         self.tls = spec.tls

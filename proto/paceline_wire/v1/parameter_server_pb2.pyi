@@ -461,6 +461,7 @@ class DescribeResponse(_message.Message):
     INITIALIZING_FIELD_NUMBER: _builtins.int
     OLDEST_PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    CALLER_MBIT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The shard's protocol version."""
     shard_index: _builtins.int
@@ -480,6 +481,10 @@ class DescribeResponse(_message.Message):
     caller: _builtins.str
     """The name that the caller's credential stands for: it may act as the worker of this name, and as those whose names
     begin with it and a dot. Absent: the credential names nobody, or none is asked for; any name will do.
+    """
+    caller_mbit: _builtins.float
+    """Mbit/s that the caller's credential may send to this shard, and as many that it may receive from it; all who show it
+    share them. What is more is not refused, but waits. Absent: there is no limit, or a server of before.
     """
     @_builtins.property
     def configuration(self) -> Global___RunConfiguration:
@@ -507,19 +512,24 @@ class DescribeResponse(_message.Message):
         initializing: _builtins.bool = ...,
         oldest_protocol_version: _builtins.int = ...,
         caller: _builtins.str | None = ...,
+        caller_mbit: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "caller", b"caller", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_caller_mbit", b"_caller_mbit", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "caller", b"caller", "caller_mbit", b"caller_mbit", "configuration", b"configuration", "initialization_id", b"initialization_id", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "caller", b"caller", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller", b"_caller", "_caller_mbit", b"_caller_mbit", "_initialization_id", b"_initialization_id", "_manifest", b"_manifest", "active_workers", b"active_workers", "caller", b"caller", "caller_mbit", b"caller_mbit", "configuration", b"configuration", "fragment_elements", b"fragment_elements", "initialization_id", b"initialization_id", "initializing", b"initializing", "manifest", b"manifest", "oldest_protocol_version", b"oldest_protocol_version", "protocol_version", b"protocol_version", "shard_index", b"shard_index", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__caller: _TypeAlias = _typing.Literal["caller"]  # noqa: Y015
     _WhichOneofArgType__caller: _TypeAlias = _typing.Literal["_caller", b"_caller"]  # noqa: Y015
+    _WhichOneofReturnType__caller_mbit: _TypeAlias = _typing.Literal["caller_mbit"]  # noqa: Y015
+    _WhichOneofArgType__caller_mbit: _TypeAlias = _typing.Literal["_caller_mbit", b"_caller_mbit"]  # noqa: Y015
     _WhichOneofReturnType__initialization_id: _TypeAlias = _typing.Literal["initialization_id"]  # noqa: Y015
     _WhichOneofArgType__initialization_id: _TypeAlias = _typing.Literal["_initialization_id", b"_initialization_id"]  # noqa: Y015
     _WhichOneofReturnType__manifest: _TypeAlias = _typing.Literal["manifest"]  # noqa: Y015
     _WhichOneofArgType__manifest: _TypeAlias = _typing.Literal["_manifest", b"_manifest"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caller) -> _WhichOneofReturnType__caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_mbit) -> _WhichOneofReturnType__caller_mbit | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initialization_id) -> _WhichOneofReturnType__initialization_id | None: ...
     @_typing.overload
@@ -1350,6 +1360,7 @@ class ProbeResponse(_message.Message):
     PING_FIELD_NUMBER: _builtins.int
     TIME_US_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITED_US_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     ping: _builtins.int
     """Answers the ping of that number. Absent: not an answer to one."""
@@ -1357,6 +1368,10 @@ class ProbeResponse(_message.Message):
     """The shard's clock when it answered, in microseconds since 1970. Only beside ping."""
     received_bytes: _builtins.int
     """Bytes of data that have arrived on this stream. Sent now and then while they grow. Absent: not told now."""
+    limited_us: _builtins.int
+    """How long the shard has held this stream back so far since the caller had taken all that it may
+    (DescribeResponse.caller_mbit), in microseconds: in reading beside received_bytes, in sending beside data.
+    """
     data: _builtins.bytes
     """Bytes that were asked for."""
     def __init__(
@@ -1365,11 +1380,12 @@ class ProbeResponse(_message.Message):
         ping: _builtins.int | None = ...,
         time_us: _builtins.int = ...,
         received_bytes: _builtins.int | None = ...,
+        limited_us: _builtins.int = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ping", b"_ping", "_received_bytes", b"_received_bytes", "ping", b"ping", "received_bytes", b"received_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ping", b"_ping", "_received_bytes", b"_received_bytes", "data", b"data", "ping", b"ping", "received_bytes", b"received_bytes", "time_us", b"time_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ping", b"_ping", "_received_bytes", b"_received_bytes", "data", b"data", "limited_us", b"limited_us", "ping", b"ping", "received_bytes", b"received_bytes", "time_us", b"time_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ping: _TypeAlias = _typing.Literal["ping"]  # noqa: Y015
     _WhichOneofArgType__ping: _TypeAlias = _typing.Literal["_ping", b"_ping"]  # noqa: Y015

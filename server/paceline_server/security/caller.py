@@ -1,10 +1,10 @@
 """The caller of the call at hand, as the gate found it: for the methods that have to know."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paceline_server.security.identity import ANYBODY, Identity
-from paceline_server.security.limits import Allowance
+from paceline_server.security.limits import Allowance, Waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +14,12 @@ class Caller:
     Attributes:
         identity: Who it is.
         allowance: Its limits; None: it has none.
+        waits: How long this call has waited for them.
     """
 
     identity: Identity
     allowance: Allowance | None = None
+    waits: Waits = field(default_factory=Waits, compare=False)
 
 
 _CALLER: ContextVar[Caller] = ContextVar("paceline_caller", default=Caller(identity=ANYBODY))  # noqa: B039  # frozen

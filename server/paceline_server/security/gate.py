@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from paceline_server.security.caller import Caller, serve_for
 from paceline_server.security.credentials import Credentials
 from paceline_server.security.identity import Identity
-from paceline_server.security.limits import Allowance, Allowances
+from paceline_server.security.limits import Allowance, Allowances, Waits
 from paceline_server.service import Context, abort, unreadable
 from paceline_wire.bulk import Bulk
 from paceline_wire.errors import InvalidInputError, LimitExceededError, PacelineError, UnavailableError
@@ -125,8 +125,8 @@ class Gate(grpc.aio.ServerInterceptor):
                     open_.enter_context(allowance.stream())
                 except LimitExceededError as error:
                     await self._refuse_slowly(context, error)
-                request = _PacedMessages(request, allowance) if kind[0] else request
-                context = _PacedContext(context, allowance) if kind[1] else context  # type: ignore[assignment]  # it forwards what it has not
+                request = _PacedMessages(request, allowance, caller.waits) if kind[0] else request
+                context = _PacedContext(context, allowance, caller.waits) if kind[1] else context  # type: ignore[assignment]  # it forwards what it has not
             self._running.add(running)
             open_.callback(self._running.discard, running)
             try:
@@ -204,9 +204,10 @@ def _bounded(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 class _PacedMessages:
     """A stream's messages, read no faster than the caller may send. Keeps none of them."""
 
-    def __init__(self, messages: Any, allowance: Allowance) -> None:
+    def __init__(self, messages: Any, allowance: Allowance, waits: Waits) -> None:
         self._messages = aiter(messages)
         self._allowance = allowance
+        self._waits = waits
         self._unpaid = 0
 
     def __aiter__(self) -> "_PacedMessages":
@@ -214,7 +215,7 @@ class _PacedMessages:
 
     async def __anext__(self) -> Any:
         if self._unpaid:
-            await self._allowance.received(self._unpaid)
+            self._waits.received_s += await self._allowance.received(self._unpaid)
             self._unpaid = 0
         message = await anext(self._messages)
         self._unpaid = _num_bytes(message)
@@ -224,16 +225,17 @@ class _PacedMessages:
 class _PacedContext:
     """A call's context that writes no faster than the caller may receive."""
 
-    def __init__(self, context: Context, allowance: Allowance) -> None:
+    def __init__(self, context: Context, allowance: Allowance, waits: Waits) -> None:
         self._context = context
         self._allowance = allowance
+        self._waits = waits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     async def write(self, message: Any) -> None:
         """Send a message once there is some of the allowance left."""
-        await self._allowance.sent(_num_bytes(message))
+        self._waits.sent_s += await self._allowance.sent(_num_bytes(message))
         await self._context.write(message)
 
 

@@ -8,6 +8,7 @@ bin.
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from paceline_server.config_limits import LimitsConfig
 from paceline_wire.errors import LimitExceededError
@@ -48,6 +49,19 @@ class Bucket:
         return max(0.0, -self._left / self._rate)
 
 
+@dataclass(kw_only=True)
+class Waits:
+    """How long one call was held back so far, since its caller had taken all that it may.
+
+    Attributes:
+        received_s: Seconds before what it sends was read on.
+        sent_s: Seconds before what it receives was sent.
+    """
+
+    received_s: float = 0.0
+    sent_s: float = 0.0
+
+
 class Allowance:
     """What one identity has open and has used. Belongs to one event loop.
 
@@ -69,6 +83,11 @@ class Allowance:
         self._num_waiting = 0
         self._pushes: dict[int, tuple[int, set[tuple[str, int, int]]]] = {}
         self.processing = asyncio.Semaphore(MAX_PROCESSING)
+
+    @property
+    def mbit(self) -> float | None:
+        """Mbit/s that it may send, and as many that it may receive; None: any."""
+        return self._limits.mbit or None
 
     async def call(self) -> None:
         """Wait for a call's turn.
@@ -108,15 +127,13 @@ class Allowance:
         finally:
             self._num_streams -= 1
 
-    async def received(self, num_bytes: int) -> None:
-        """Wait until bytes that have come are paid for."""
-        if wait_s := self._received.take(_now(), num_bytes):
-            await asyncio.sleep(wait_s)
+    async def received(self, num_bytes: int) -> float:
+        """Wait until bytes that have come are paid for; returns the seconds."""
+        return await _waited(self._received.take(_now(), num_bytes))
 
-    async def sent(self, num_bytes: int) -> None:
-        """Wait until bytes that are to be sent are paid for."""
-        if wait_s := self._sent.take(_now(), num_bytes):
-            await asyncio.sleep(wait_s)
+    async def sent(self, num_bytes: int) -> float:
+        """Wait until bytes that are to be sent are paid for; returns the seconds."""
+        return await _waited(self._sent.take(_now(), num_bytes))
 
     def push(self, fragment: int, open_bin: int, push: tuple[str, int, int]) -> None:
         """Count a push to a fragment whose bin is open; one that is sent again counts once.
@@ -160,6 +177,12 @@ class Allowances:
         if name not in self._by_name:
             self._by_name[name] = Allowance(name, self._limits)
         return self._by_name[name]
+
+
+async def _waited(wait_s: float) -> float:
+    if wait_s:
+        await asyncio.sleep(wait_s)
+    return wait_s
 
 
 def _now() -> float:

@@ -68,6 +68,7 @@ def reshard(source: Path, target: Path, shards: int, as_json: bool) -> None:
         return
     click.echo(f"wrote {len(counts)} shards with {', '.join(map(str, counts))} fragments to {target}")
     click.echo(f"start with: paceline serve --shards {shards} --storage.data-dir {target} ...")
+    click.echo("or, where every shard has a data directory of its own, move its folder shard-N into that")
 
 
 def _examination_text(index: int, found: "Examination") -> str:
