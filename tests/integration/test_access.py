@@ -104,11 +104,14 @@ def test_all_calls_are_covered_above() -> None:
 
 
 def test_health_is_told_without_the_token_and_nothing_else_is(guarded: str) -> None:
-    """Probes carry no token: health is open, reflection is not."""
+    """Probes carry no token: a health check is open, watching the health and reflection are not."""
     with grpc.insecure_channel(guarded) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            list(health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S))
+        assert ended(refused.value).code is grpc.StatusCode.UNAUTHENTICATED
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError) as refused:
