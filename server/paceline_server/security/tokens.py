@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -82,7 +83,7 @@ def read_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
     try:
         blocks = [block + _PEM_END for block in path.read_bytes().split(_PEM_END)[:-1]]
         keys = tuple(load_pem_public_key(block.lstrip()) for block in blocks)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise ConfigurationError(f"security.token_key = '{path}' cannot be used: {error}.") from None
     if not keys or not all(isinstance(key, Ed25519PublicKey) for key in keys):
         raise ConfigurationError(f"security.token_key = '{path}' holds no Ed25519 public key in PEM (token.pub).")
