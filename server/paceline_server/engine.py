@@ -243,7 +243,9 @@ class Engine:
         return list(await asyncio.shield(asyncio.gather(*events)))
 
     async def _take_over(self, index: int, worker: str, previous: int, incarnation: int) -> Progress:
-        async with self._locks[index]:
+        async with self._held(index) as is_there:
+            if not is_there:
+                raise NotInitializedError("the run was initialized anew, and knows nothing of what it replaced")
             fragment = self.shard.fragments[index]
             progress, ledger = take_over(fragment.ledger, index, worker, previous, incarnation)
             if ledger is not fragment.ledger:
@@ -294,9 +296,25 @@ class Engine:
             del self._recipients[key]
 
     async def copied(self, index: int) -> FragmentCopy:
-        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made."""
-        async with self._locks[index]:
+        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made.
+
+        Raises:
+            NotInitializedError: The run was begun anew, and the fragment has no values, or is gone.
+        """
+        async with self._held(index) as is_there:
+            if not is_there or self.shard.fragments[index].values is None:
+                raise NotInitializedError(f"the run was begun anew, and fragment {index} has no values yet")
             return await self._in_thread(self.shard.fragments[index].copied)
+
+    @asynccontextmanager
+    async def _held(self, index: int) -> AsyncIterator[bool]:
+        """Hold a fragment's lock; whether the run still has the fragment, which may have been begun anew meanwhile."""
+        lock = self._locks.get(index)
+        if lock is None:
+            yield False
+            return
+        async with lock:
+            yield self._locks.get(index) is lock
 
     def roster_changed(self) -> None:
         """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
@@ -416,9 +434,9 @@ class Engine:
         return replace(push, norm=norm, request=replace(push.request, problem=problem))
 
     async def _close_if_due(self, index: int) -> None:
-        async with self._locks[index]:
+        async with self._held(index) as is_there:
             now_s = self.clock()
-            decided = self.shard.decide_close(now_s, index)
+            decided = self.shard.decide_close(now_s, index) if is_there else None
             if decided is not None:
                 _log.debug("fragment %d: %s", index, decided[0].reason)
                 await self._carry_out(index, now_s, *decided, None)
