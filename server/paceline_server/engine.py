@@ -116,6 +116,7 @@ class Engine:
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
         self._events: set[asyncio.Task[Any]] = set()
         self._roster_changed = asyncio.Event()
+        self._membership_is_kept = True
 
     @property
     def initializing(self) -> asyncio.Lock:
@@ -320,19 +321,28 @@ class Engine:
         """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
 
-    async def membership_changed(self) -> None:
-        """Keep the membership as it is now, and look again which bins close.
+    async def membership_changed(self) -> bool:
+        """Keep the membership as it is now, and look again which bins close; whether it could be kept.
 
-        A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
+        A full disk does not keep anybody from joining or leaving: what it does not take is kept once there is room.
         """
         self.roster_changed()
         record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state(self.clock()))
         try:
             number = await self._append(record)
         except StorageFullError as error:
-            _log.warning("a change of the membership is not in the journal: %s", error)
-            return
+            if self._membership_is_kept:
+                _log.warning("a change of the membership is not in the journal yet: %s", error)
+            self._membership_is_kept = False
+            return False
+        self._membership_is_kept = True
         self.membership_record = max(self.membership_record, number)
+        return True
+
+    async def keep_membership(self) -> None:
+        """Try again to keep a change of the membership for which the disk had no room."""
+        if not self._membership_is_kept:
+            await self.membership_changed()
 
     async def wait_for_roster(self, longest_s: float) -> None:
         """Wait until a worker joins, leaves, is given up or put in quarantine; at most so many seconds."""
