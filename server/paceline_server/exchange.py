@@ -273,7 +273,11 @@ class ExchangeStream:
             room=incoming.room,
         )
         if self._allowance is not None:
-            await self._allowance.processing.acquire()
+            try:
+                await self._allowance.processing.acquire()
+            except asyncio.CancelledError:
+                self._processing.release()  # which the drain waits for
+                raise
         try:
             processing = self._engine.submit(push, self)
         except PacelineError:
