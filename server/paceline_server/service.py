@@ -1,5 +1,6 @@
 """The gRPC face of a shard: translates messages to calls of the engine, and errors to statuses; decides nothing."""
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,6 +10,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from paceline_server.buffers import STALLED_S
 from paceline_server.caller import caller_of, host_of
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
@@ -35,6 +37,7 @@ from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
+_Message = TypeVar("_Message")
 _Response = TypeVar("_Response")
 
 WHOLE_CODECS = ("fp32", "bf16")
@@ -149,7 +152,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             async with self._engine.initializing:
                 taken = await self._engine.begin_initialization(manifest, message.start.initialization_id, replaces)
                 if taken:
-                    await self._take_fragments(request)
+                    await self._take_fragments(_while_they_come(request))
             return pb.InitializeResponse(
                 already_initialized=not taken, initialization_id=self._engine.shard.initialization_id
             )
@@ -331,6 +334,26 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 f"values cannot be fetched in {codec.name}, which is for differences; fetch {' or '.join(WHOLE_CODECS)}"
             )
         return codec
+
+
+async def _while_they_come(messages: AsyncIterator[_Message]) -> AsyncIterator[_Message]:
+    """The messages of an upload, which keeps others from beginning one: it ends if it does not move.
+
+    Raises:
+        UnavailableError: No message came for STALLED_S.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(STALLED_S):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UnavailableError(
+                f"the upload was ended: no message of it came for {STALLED_S:g} s, and nobody else could begin one; "
+                "begin it again"
+            ) from None
+        yield message
 
 
 def _require_version(version: int) -> None:
