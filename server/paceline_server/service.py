@@ -123,7 +123,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             protocol_version=PROTOCOL_VERSION,
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             configuration=self._live.for_workers,
-            manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
+            manifest=shard.manifest.wire if shard.manifest is not None and shard.initialized else None,
             shards=self._shards,
             shard_index=shard.index,
             fragment_elements=self._fragment_elements,
