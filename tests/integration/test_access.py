@@ -34,6 +34,14 @@ def guarded() -> Iterator[str]:
         yield address
 
 
+async def test_thousands_of_tokens_reach_every_shard() -> None:
+    """The configuration goes to the shards' processes as one line, however long it is."""
+    tokens = [f"token-{number:040d}" for number in range(2000)]
+    with paceline_server.local({"shards": 2, "security": {"tokens": tokens}}) as address:
+        async with paceline.connect(address, token=tokens[-1]) as client:
+            assert len(await client.statuses()) == 2
+
+
 def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     """Something small to join with."""
     model = nn.Linear(3, 2)
