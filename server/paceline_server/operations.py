@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from paceline_server.audit import AuditEntry, AuditLog, utc_now
-from paceline_server.caller import Caller
 from paceline_server.config import ServerConfig
 from paceline_server.construction import rule_of, schedule_of
 from paceline_server.engine import Engine
@@ -21,6 +20,7 @@ from paceline_server.live_configuration import (
 )
 from paceline_server.rules.base import OuterRule
 from paceline_server.rules.heloco import DirectionCorrection
+from paceline_server.security.caller import Caller
 from paceline_server.storage.snapshotter import Snapshotter, WrittenSnapshot
 from paceline_wire.errors import InvalidInputError, PacelineError
 
@@ -245,7 +245,7 @@ class Operations:
             AuditEntry(
                 time=utc_now(),
                 shard=self._engine.shard.index,
-                who=caller.identity,
+                who=caller.name,
                 peer=caller.peer,
                 act=act,
                 subject=subject[:_MOST_SUBJECT_CHARACTERS],

@@ -33,6 +33,10 @@ class FakeContext:
         """The token."""
         return (("authorization", f"Bearer {self._token}"),)
 
+    def peer(self) -> str:
+        """From where it calls."""
+        return "ipv4:192.0.2.1:1"
+
     def auth_context(self) -> dict[str, Any]:
         """No TLS."""
         return {}

@@ -6,7 +6,6 @@ from typing import Any, Self
 import pytest
 
 from paceline_server.audit import AuditLog
-from paceline_server.caller import Caller
 from paceline_server.config import ServerConfig
 from paceline_server.construction import build_shard
 from paceline_server.engine import Engine
@@ -15,12 +14,14 @@ from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.operations import LONGEST_EVICTION_S, Operations
 from paceline_server.rules.base import RuleSettings
 from paceline_server.rules.naive_momentum import NaiveMomentum
+from paceline_server.security.caller import Caller
+from paceline_server.security.identity import Identity, Role
 from paceline_server.settings import config_from_mapping
 from paceline_server.status import status_of
 from paceline_wire.errors import InvalidInputError, StorageFullError
 from paceline_wire.manifest import Manifest, TensorSpec
 
-OPERATOR = Caller(identity="root", peer="ipv4:192.0.2.1:1")
+OPERATOR = Caller(identity=Identity(name="root", role=Role.ADMIN), peer="ipv4:192.0.2.1:1")
 
 
 class FakeJournal:

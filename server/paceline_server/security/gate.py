@@ -16,11 +16,11 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
+from paceline_server.refusals import Context, abort, unreadable
 from paceline_server.security.caller import Caller, serve_for
 from paceline_server.security.credentials import Credentials
 from paceline_server.security.identity import Identity
 from paceline_server.security.limits import Allowance, Allowances
-from paceline_server.service import Context, abort, unreadable
 from paceline_wire.bulk import Bulk
 from paceline_wire.errors import InvalidInputError, LimitExceededError, PacelineError, UnavailableError
 
@@ -166,7 +166,7 @@ class Gate(grpc.aio.ServerInterceptor):
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call is served outside a task")
-        caller = Caller(identity=identity, allowance=allowance)
+        caller = Caller(identity=identity, peer=str(context.peer()), allowance=allowance)
         serve_for(caller)
         return caller, _Running(identity, authorization, certificate, task, [])
 
