@@ -206,6 +206,11 @@ class Manifest:
                 return f"tensor {name!r} is {here[name]} here and {there[name]} there"
         return f"fragment_elements is {self.fragment_elements} here and {other.fragment_elements} there"
 
+    @cached_property
+    def wire(self) -> pb.Manifest:
+        """The message for this manifest, made once; it MUST NOT be changed."""
+        return self.to_wire()
+
     def to_wire(self) -> pb.Manifest:
         """The message for this manifest."""
         return pb.Manifest(

@@ -1,24 +1,18 @@
 """The operator's face of a shard: translates messages to acts, and their outcomes to messages; decides nothing."""
 
-from typing import Any
-
-import grpc.aio
-
 from paceline_server.audit import MOST_ENTRIES
-from paceline_server.caller import caller_of
 from paceline_server.config import ServerConfig
 from paceline_server.engine import Engine
 from paceline_server.live_configuration import LiveConfiguration, Value
 from paceline_server.operations import Operations
-from paceline_server.service import with_status
+from paceline_server.refusals import Context, with_status
+from paceline_server.security.caller import caller
 from paceline_server.status import status_of
 from paceline_server.storage.snapshotter import Snapshotter, WrittenSnapshot
 from paceline_wire.v1 import admin_pb2, admin_pb2_grpc
 
 USUAL_ENTRIES = 100
 """Entries of the audit log that are sent unless the caller says how many."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
@@ -51,7 +45,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     @with_status
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         """Finish, and end the process."""
-        drained = await self._operations.drain(caller_of(context), discard_state=request.discard_state)
+        drained = await self._operations.drain(caller(), discard_state=request.discard_state)
         return admin_pb2.DrainResponse(
             snapshot=None if drained.snapshot is None else _snapshot(drained.snapshot), problem=drained.problem or ""
         )
@@ -60,21 +54,19 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def Evict(self, request: admin_pb2.EvictRequest, context: Context) -> admin_pb2.EvictResponse:
         """Keep a worker out."""
         duration_s = request.duration_ms / 1000 if request.HasField("duration_ms") else None
-        was_member, was_evicted = await self._operations.evict(
-            caller_of(context), request.worker_id, request.reason, duration_s
-        )
+        was_member, was_evicted = await self._operations.evict(caller(), request.worker_id, request.reason, duration_s)
         return admin_pb2.EvictResponse(was_member=was_member, was_evicted=was_evicted)
 
     @with_status
     async def Admit(self, request: admin_pb2.AdmitRequest, context: Context) -> admin_pb2.AdmitResponse:
         """Let a worker in again."""
-        was_kept_out = await self._operations.admit(caller_of(context), request.worker_id)
+        was_kept_out = await self._operations.admit(caller(), request.worker_id)
         return admin_pb2.AdmitResponse(was_kept_out=was_kept_out)
 
     @with_status
     async def Snapshot(self, request: admin_pb2.SnapshotRequest, context: Context) -> admin_pb2.SnapshotResponse:
         """Write a snapshot now."""
-        return _snapshot(await self._operations.snapshot(caller_of(context)))
+        return _snapshot(await self._operations.snapshot(caller()))
 
     @with_status
     async def Configure(self, request: admin_pb2.ConfigureRequest, context: Context) -> admin_pb2.ConfigureResponse:
@@ -86,7 +78,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             values["exchange.inner_steps"] = request.inner_steps
         if request.HasField("quota"):
             values["schedule.quota"] = request.quota or None
-        before, after, is_kept = await self._operations.configure(caller_of(context), values)
+        before, after, is_kept = await self._operations.configure(caller(), values)
         return admin_pb2.ConfigureResponse(before=_settings(before), after=_settings(after), is_kept=is_kept)
 
     @with_status

@@ -36,5 +36,6 @@ class LimitsConfig(Section):
         default=64,
         ge=1,
         le=1_000_000,
-        description="Pushes of one identity that a bin of a fragment takes; more are refused until it has closed.",
+        description="Pushes of one identity that a bin of a fragment takes, or the bin's quota if that is more; the "
+        "next ones are refused until it has closed.",
     )

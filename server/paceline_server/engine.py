@@ -117,6 +117,7 @@ class Engine:
         self._recipients: dict[tuple[str, int, int], Recipient] = {}
         self._events: set[asyncio.Task[Any]] = set()
         self._roster_changed = asyncio.Event()
+        self._membership_is_kept = True
 
     @property
     def initializing(self) -> asyncio.Lock:
@@ -248,7 +249,9 @@ class Engine:
         return list(await asyncio.shield(asyncio.gather(*events)))
 
     async def _take_over(self, index: int, worker: str, previous: int, incarnation: int) -> Progress:
-        async with self._locks[index]:
+        async with self._held(index) as is_there:
+            if not is_there:
+                raise NotInitializedError("the run was initialized anew, and knows nothing of what it replaced")
             fragment = self.shard.fragments[index]
             progress, ledger = take_over(fragment.ledger, index, worker, previous, incarnation)
             if ledger is not fragment.ledger:
@@ -299,27 +302,52 @@ class Engine:
             del self._recipients[key]
 
     async def copied(self, index: int) -> FragmentCopy:
-        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made."""
-        async with self._locks[index]:
+        """A copy of a fragment as it is now, for a snapshot; the fragment goes on as soon as it is made.
+
+        Raises:
+            NotInitializedError: The run was begun anew, and the fragment has no values, or is gone.
+        """
+        async with self._held(index) as is_there:
+            if not is_there or self.shard.fragments[index].values is None:
+                raise NotInitializedError(f"the run was begun anew, and fragment {index} has no values yet")
             return await self._in_thread(self.shard.fragments[index].copied)
+
+    @asynccontextmanager
+    async def _held(self, index: int) -> AsyncIterator[bool]:
+        """Hold a fragment's lock; whether the run still has the fragment, which may have been begun anew meanwhile."""
+        lock = self._locks.get(index)
+        if lock is None:
+            yield False
+            return
+        async with lock:
+            yield self._locks.get(index) is lock
 
     def roster_changed(self) -> None:
         """Look again which bins close: a worker joined, left, was given up or put in quarantine."""
         self._roster_changed.set()
 
-    async def membership_changed(self) -> None:
-        """Keep the membership as it is now, and look again which bins close.
+    async def membership_changed(self) -> bool:
+        """Keep the membership as it is now, and look again which bins close; whether it could be kept.
 
-        A full disk does not keep anybody from joining: a worker that a restarted shard does not know joins again.
+        A full disk does not keep anybody from joining or leaving: what it does not take is kept once there is room.
         """
         self.roster_changed()
         record = MembershipChanged(time_s=self.clock(), membership=self.shard.membership.state(self.clock()))
         try:
             number = await self._append(record)
         except StorageFullError as error:
-            _log.warning("a change of the membership is not in the journal: %s", error)
-            return
+            if self._membership_is_kept:
+                _log.warning("a change of the membership is not in the journal yet: %s", error)
+            self._membership_is_kept = False
+            return False
+        self._membership_is_kept = True
         self.membership_record = max(self.membership_record, number)
+        return True
+
+    async def keep_membership(self) -> None:
+        """Try again to keep a change of the membership for which the disk had no room."""
+        if not self._membership_is_kept:
+            await self.membership_changed()
 
     async def wait_for_roster(self, longest_s: float) -> None:
         """Wait until a worker joins, leaves, is given up or put in quarantine; at most so many seconds."""
@@ -421,9 +449,9 @@ class Engine:
         return replace(push, norm=norm, request=replace(push.request, problem=problem))
 
     async def _close_if_due(self, index: int) -> None:
-        async with self._locks[index]:
+        async with self._held(index) as is_there:
             now_s = self.clock()
-            decided = self.shard.decide_close(now_s, index)
+            decided = self.shard.decide_close(now_s, index) if is_there else None
             if decided is not None:
                 _log.debug("fragment %d: %s", index, decided[0].reason)
                 await self._carry_out(index, now_s, *decided, None)

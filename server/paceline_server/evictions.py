@@ -53,6 +53,10 @@ class Evictions:
         """Whether a name is kept out."""
         return worker in self._evicted and now < self._until_s.get(worker, float("inf"))
 
+    def wider(self, now: float, worker: str) -> str | None:
+        """The evicted name that is not a worker's own and stands for it; None: there is none."""
+        return next((name for name in _names_for(worker)[1:] if self.holds(now, name)), None)
+
     def refuse(self, now: float, worker: str) -> None:
         """Turn a worker away that is kept out.
 

@@ -234,8 +234,10 @@ class ExchangeStream:
             tokens=push.tokens if push.HasField("tokens") else None,
         )
         if self._allowance is not None:
-            open_bin = self._engine.shard.hosted(push.fragment)[0].ledger.issuing_bin
-            self._allowance.push(push.fragment, open_bin, (request.worker, request.incarnation, request.seq))
+            shard = self._engine.shard
+            open_bin = shard.hosted(push.fragment)[0].ledger.issuing_bin
+            key = (request.worker, request.incarnation, request.seq)
+            self._allowance.push(push.fragment, open_bin, key, quota=shard.quota)
         await self._has_room.wait()
         room = await self._engine.buffers.incoming.reserve(num_bytes)
         room.begin_transfer(self._end_stalled)
@@ -271,7 +273,11 @@ class ExchangeStream:
             room=incoming.room,
         )
         if self._allowance is not None:
-            await self._allowance.processing.acquire()
+            try:
+                await self._allowance.processing.acquire()
+            except asyncio.CancelledError:
+                self._processing.release()  # which the drain waits for
+                raise
         try:
             processing = self._engine.submit(push, self)
         except PacelineError:
@@ -368,7 +374,7 @@ class ExchangeStream:
             bins_late=answer.bins_late,
             refusal=answer.refusal,
             inner_steps=shard.membership.inner_steps(answer.worker),
-            quota=shard.schedule.quota or max(1, len(shard.membership.active)),
+            quota=shard.quota,
             payload=queued.values.announced,
             lr=lr,
             momentum=momentum,

@@ -224,7 +224,12 @@ class Membership:
         self._members[worker] = replace(self._members[worker], inner_step_s=inner_step_s)
 
     def leave(self, now: float, worker: str, incarnation: int) -> str:
-        """End a membership if it is the caller's, for good; returns what happened, in a sentence."""
+        """End a membership if it is the caller's, for good; returns what happened, in a sentence.
+
+        Raises:
+            InvalidInputError: The name is not allowed.
+        """
+        _require_name(worker)
         member = self._members.get(worker)
         if member is None or member.incarnation != incarnation:
             if self._departures.is_gone(worker, incarnation):
@@ -266,7 +271,18 @@ class Membership:
         return bool(concerned), self.evictions.begin(now, worker, reason, duration_s)
 
     def admit(self, now: float, worker: str) -> bool:
-        """End a worker's eviction and quarantine; whether there was one."""
+        """End a worker's eviction and quarantine; whether there was one.
+
+        Raises:
+            InvalidInputError: The name is not allowed, or it is kept out by the eviction of a name that stands for it.
+        """
+        _require_name(worker)
+        wider = self.evictions.wider(now, worker)
+        if wider is not None:
+            raise InvalidInputError(
+                f"worker {worker!r} is kept out by the eviction of {wider!r}: admit {wider!r}, and evict again who is "
+                "to stay out"
+            )
         was_evicted = self.evictions.end(now, worker)
         return self.quarantine.end(now, worker) or was_evicted
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from paceline_server.audit import AuditEntry, AuditLog, utc_now
-from paceline_server.caller import Caller
 from paceline_server.config import ServerConfig
 from paceline_server.construction import rule_of, schedule_of
 from paceline_server.engine import Engine
@@ -19,6 +18,9 @@ from paceline_server.live_configuration import (
     shown,
     value_of,
 )
+from paceline_server.rules.base import OuterRule
+from paceline_server.rules.heloco import DirectionCorrection
+from paceline_server.security.caller import Caller
 from paceline_server.storage.snapshotter import Snapshotter, WrittenSnapshot
 from paceline_wire.errors import InvalidInputError, PacelineError
 
@@ -26,6 +28,12 @@ _Outcome = TypeVar("_Outcome")
 
 MOST_REASON_CHARACTERS = 500
 """Of the reason for an eviction, which the worker is told in an error."""
+
+LONGEST_EVICTION_S = 10 * 365 * 24 * 3600.0
+"""Ten years: what a status says of it must fit into its field."""
+
+_MOST_SUBJECT_CHARACTERS = 128
+"""Of what an act was about, in the audit log: what a worker's name may have. A longer one would hide other lines."""
 
 _IN_MEMORY = "this shard has no data directory (storage.data_dir): its state is in memory and ends with the process"
 
@@ -118,25 +126,39 @@ class Operations:
         Raises:
             InvalidInputError: The name, the reason or the time is not allowed.
         """
+        return await asyncio.shield(self._begin(self._evict(caller, worker, reason, duration_s)))
+
+    async def _evict(self, caller: Caller, worker: str, reason: str, duration_s: float | None) -> tuple[bool, bool]:
         membership, now_s = self._engine.shard.membership, self._engine.clock()
         try:
             _require_terms(reason, duration_s)
             was_member, was_evicted = membership.evict(now_s, worker, reason, duration_s)
         except InvalidInputError as error:
             await self._refused(caller, "evict", error, worker)
-        await self._engine.membership_changed()
+        kept = await self._engine.membership_changed()
         self._engine.end_streams_of_others()
         time = "until admitted" if duration_s is None else f"for {duration_s:g} s"
         old = "evicted" if was_evicted else "member" if was_member else "not a member"
-        await self._note(caller, "evict", worker, old=old, new=f"evicted {time}" + (f": {reason}" if reason else ""))
+        new = f"evicted {time}" + (f": {reason}" if reason else "")
+        await self._note(caller, "evict", worker, old=old, new=new, result=_done(kept=kept))
         return was_member, was_evicted
 
     async def admit(self, caller: Caller, worker: str) -> bool:
-        """End a worker's eviction and quarantine; whether there was one."""
-        was_kept_out = self._engine.shard.membership.admit(self._engine.clock(), worker)
-        if was_kept_out:
-            await self._engine.membership_changed()
-        await self._note(caller, "admit", worker, old="kept out" if was_kept_out else "not kept out", new="admitted")
+        """End a worker's eviction and quarantine; whether there was one.
+
+        Raises:
+            InvalidInputError: The name is not allowed, or the eviction of another keeps it out.
+        """
+        return await asyncio.shield(self._begin(self._admit(caller, worker)))
+
+    async def _admit(self, caller: Caller, worker: str) -> bool:
+        try:
+            was_kept_out = self._engine.shard.membership.admit(self._engine.clock(), worker)
+        except InvalidInputError as error:
+            await self._refused(caller, "admit", error, worker)
+        kept = await self._engine.membership_changed() if was_kept_out else True
+        old = "kept out" if was_kept_out else "not kept out"
+        await self._note(caller, "admit", worker, old=old, new="admitted", result=_done(kept=kept))
         return was_kept_out
 
     async def snapshot(self, caller: Caller) -> WrittenSnapshot:
@@ -172,7 +194,9 @@ class Operations:
                 local_momentum = rule_of(before)[0].local_momentum
                 after = changed_by_operator(before, values, local_momentum=local_momentum)
                 if after != before:
-                    await self._engine.change(Configured(config=shaping(after)), lambda: self._take(after))
+                    # Before it is in the journal, which could not be replayed with a rule that cannot be made.
+                    rule = rule_of(after)
+                    await self._engine.change(Configured(config=shaping(after)), lambda: self._take(after, *rule))
             except PacelineError as error:
                 for key, value in values.items():
                     await self._note_change(caller, before, key, value, f"refused: {error}")
@@ -189,9 +213,9 @@ class Operations:
         task.add_done_callback(self._begun.discard)
         return task
 
-    def _take(self, config: ServerConfig) -> None:
+    def _take(self, config: ServerConfig, rule: OuterRule, correction: DirectionCorrection | None) -> None:
         shard = self._engine.shard
-        shard.take_rule(*rule_of(config))
+        shard.take_rule(rule, correction)
         shard.schedule = schedule_of(config)
         shard.membership.take_inner_steps(config.exchange.inner_steps)
         self._engine.take_config(config)
@@ -221,10 +245,10 @@ class Operations:
             AuditEntry(
                 time=utc_now(),
                 shard=self._engine.shard.index,
-                who=caller.identity,
+                who=caller.name,
                 peer=caller.peer,
                 act=act,
-                subject=subject,
+                subject=subject[:_MOST_SUBJECT_CHARACTERS],
                 old=old,
                 new=new,
                 result=result,
@@ -238,5 +262,12 @@ def _require_terms(reason: str, duration_s: float | None) -> None:
         raise InvalidInputError(
             f"the reason should be one line of at most {MOST_REASON_CHARACTERS} printable characters"
         )
-    if duration_s is not None and duration_s <= 0:
-        raise InvalidInputError("the time of an eviction should be above 0; leave it out for one without end")
+    if duration_s is not None and not 0 < duration_s <= LONGEST_EVICTION_S:
+        raise InvalidInputError(
+            "the time of an eviction should be above 0, and ten years at most; leave it out for one without end"
+        )
+
+
+def _done(*, kept: bool) -> str:
+    """What the audit log says of an act that changed the membership."""
+    return "done" if kept else "done, and kept across a restart once the disk has room"

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from paceline_server.config import ServerConfig
@@ -102,9 +102,11 @@ def _started() -> "subprocess.Popen[str]":
 
 
 def _tell(process: "subprocess.Popen[str]", message: Mapping[str, object]) -> None:
+    """Say a line to a shard; one that has ended says so itself, where its next line is waited for."""
     if process.stdin is not None:
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
 
 
 def _next_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
@@ -132,5 +134,6 @@ def _ended(process: "subprocess.Popen[str]") -> int:
         code = process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
     return code

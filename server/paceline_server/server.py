@@ -1,8 +1,9 @@
 """One shard as a gRPC server: built from the configuration, started, and drained."""
 
 import asyncio
+import functools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc.aio
@@ -44,6 +45,9 @@ FAILED = 74
 
 DRAIN_S = 10.0
 """Seconds that streams get to finish what they hold before the process ends."""
+
+WATCH_AGAIN_S = 1.0
+"""Seconds before a watch over the shard that ended by an error begins anew."""
 
 _BIND_ATTEMPTS, _BIND_PAUSE_S = 50, 0.1
 
@@ -113,6 +117,7 @@ class ShardServer:
             stop_serving=self._stop_serving,
             end=self._drained.set,
         )
+        self._admin = AdminService(self._engine, self._store.live, self._snapshotter, self._operations)
         self._gate = Gate(self._credentials, Allowances(config.limits))
         self._health = health.aio.HealthServicer()
         self._watches: list[asyncio.Task[None]] = []
@@ -157,10 +162,10 @@ class ShardServer:
         await self._server.start()
         self._serving = asyncio.create_task(self._keep_serving())
         self._watches.append(self._serving)
-        self._begin(watch_time(self._engine))
-        self._begin(self._gate.watch())
+        self._begin(functools.partial(watch_time, self._engine))
+        self._begin(self._gate.watch)
         if self._snapshotter is not None:
-            self._begin(self._snapshotter.run())
+            self._begin(self._snapshotter.run)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     def shards_moved(self, shards: list[pb.Shard]) -> None:
@@ -236,19 +241,17 @@ class ShardServer:
     async def _stop_serving(self) -> None:
         """Take nothing new from workers, and answer what has come whole."""
         _log.info("stopping: finishing what has begun")
-        await self._health.enter_graceful_shutdown()
-        # A worker on a dead link would never take its answers; it asks for them again when the shard is back.
-        await asyncio.wait({asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
+        told = asyncio.create_task(self._health.enter_graceful_shutdown())
+        # A worker on a dead link would never take its answers; it asks for them again when the shard is back. Nor does
+        # whoever watches the health and reads nothing.
+        await asyncio.wait({told, asyncio.create_task(self._service.drain())}, timeout=DRAIN_S)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        watch = asyncio.create_task(work)
-        watch.add_done_callback(_log_failure)
-        self._watches.append(watch)
+    def _begin(self, watch: Callable[[], Awaitable[None]]) -> None:
+        self._watches.append(asyncio.create_task(_again_and_again(watch)))
 
     def _register(self, server: grpc.aio.Server) -> None:
-        admin = AdminService(self._engine, self._store.live, self._snapshotter, self._operations)
         admin_service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        server.add_generic_rpc_handlers((bulk.handlers(self._service), bulk.handlers(admin, admin_service)))
+        server.add_generic_rpc_handlers((bulk.handlers(self._service), bulk.handlers(self._admin, admin_service)))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (
             pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name,
@@ -273,6 +276,11 @@ def _evidence_keeper(config: ServerConfig, index: int) -> EvidenceKeeper:
     return NoEvidence() if data_dir is None else EvidenceDirectory(ShardDirectory(data_dir, index).evidence)
 
 
-def _log_failure(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and task.exception() is not None:
-        _log.error("a watch over the shard ended", exc_info=task.exception())
+async def _again_and_again(watch: Callable[[], Awaitable[None]]) -> None:
+    """Keep up a watch that never returns, whatever error ends it: without it nobody would be given up, or revoked."""
+    while True:
+        try:
+            await watch()
+        except Exception:  # noqa: BLE001  # whatever ended it, the shard needs it
+            _log.exception("a watch over the shard ended, and begins anew")
+        await asyncio.sleep(WATCH_AGAIN_S)

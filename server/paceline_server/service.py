@@ -1,91 +1,36 @@
 """The gRPC face of a shard: translates messages to calls of the engine, and errors to statuses; decides nothing."""
 
-import functools
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator
+from typing import TypeVar
 
-import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from paceline_server.caller import caller_of, host_of
+from paceline_server.buffers import STALLED_S
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.fetch import send_fragments
 from paceline_server.live_configuration import LiveConfiguration
 from paceline_server.probe import Probes, ProbeStream
+from paceline_server.refusals import Context, abort, readable, unreadable, with_status
 from paceline_server.security.caller import caller
 from paceline_server.streams import MAX_STREAMS
 from paceline_wire import OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, codecs
 from paceline_wire.bulk import Bulk
 from paceline_wire.codecs import DIFFERENCE_CODECS
 from paceline_wire.codecs.base import Codec
-from paceline_wire.errors import (
-    ERROR_METADATA_KEY,
-    NEWEST_INCARNATION_KEY,
-    InvalidInputError,
-    PacelineError,
-    ProtocolVersionError,
-    SupersededError,
-    UnavailableError,
-)
+from paceline_wire.errors import InvalidInputError, PacelineError, ProtocolVersionError, UnavailableError
 from paceline_wire.transfer import Receiver
 from paceline_wire.v1 import parameter_server_pb2 as pb
 from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 _log = logging.getLogger(__name__)
-_Response = TypeVar("_Response")
+_Message = TypeVar("_Message")
 
 WHOLE_CODECS = ("fp32", "bf16")
 """Names of the codecs in which values are sent as they are."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-async def abort(context: Context, error: PacelineError) -> NoReturn:
-    """End a call with an error: its gRPC code, its sentence, and its name for the caller's side."""
-    # A traceback holds the frames that the error passed, they hold payloads, and some hold the error: only a garbage
-    # collection of everything would free them.
-    error.__traceback__ = None
-    metadata = [(ERROR_METADATA_KEY, type(error).__name__)]
-    if isinstance(error, SupersededError) and error.newest_incarnation is not None:
-        metadata.append((NEWEST_INCARNATION_KEY, str(error.newest_incarnation)))
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error), trailing_metadata=tuple(metadata))
-    raise AssertionError("context.abort returned")  # it always raises; this tells the type checker
-
-
-def with_status(
-    method: Callable[[Any, Any, Context], Awaitable[_Response]],
-) -> Callable[[Any, Any, Context], Awaitable[_Response]]:
-    """Make a unary answer's PacelineErrors gRPC statuses."""
-
-    @functools.wraps(method)
-    async def translated(self: Any, request: Any, context: Context) -> _Response:
-        try:
-            return await method(self, readable(request), context)
-        except PacelineError as error:
-            await abort(context, error)
-        except DecodeError as error:
-            await abort(context, unreadable(error))
-
-    return translated
-
-
-def readable(request: Any) -> Any:
-    """A single request, as `bulk.handlers` hands it over.
-
-    Raises:
-        DecodeError: It could not be read.
-    """
-    if isinstance(request, DecodeError):
-        raise request
-    return request
-
-
-def unreadable(error: DecodeError) -> InvalidInputError:
-    """What the sender of a stream is told whose message is no message; gRPC would call it an accident of the server."""
-    return InvalidInputError(f"a message is truncated, or no message of the protocol: {error}")
 
 
 class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
@@ -120,7 +65,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             protocol_version=PROTOCOL_VERSION,
             oldest_protocol_version=OLDEST_PROTOCOL_VERSION,
             configuration=self._live.for_workers,
-            manifest=shard.manifest.to_wire() if shard.manifest is not None and shard.initialized else None,
+            manifest=shard.manifest.wire if shard.manifest is not None and shard.initialized else None,
             shards=self._shards,
             shard_index=shard.index,
             fragment_elements=self._fragment_elements,
@@ -150,7 +95,7 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
             async with self._engine.initializing:
                 taken = await self._engine.begin_initialization(manifest, message.start.initialization_id, replaces)
                 if taken:
-                    await self._take_fragments(request)
+                    await self._take_fragments(_while_they_come(request))
             return pb.InitializeResponse(
                 already_initialized=not taken, initialization_id=self._engine.shard.initialization_id
             )
@@ -277,13 +222,12 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
         self, request: AsyncIterator[Bulk[pb.ProbeRequest]], context: Context
     ) -> None:
         """Let a caller measure the way to this shard."""
-        peer = caller_of(context)
-        name, waits = peer.identity or host_of(peer), caller().waits
+        who = caller()
         try:
             with self._probes.begin():
                 # Now: see Exchange.
                 await context.send_initial_metadata(())
-                await ProbeStream(self._probes, name, context.write, waits).run(request)
+                await ProbeStream(self._probes, who.name or who.host, context.write, who.waits).run(request)
         except PacelineError as error:
             await abort(context, error)
         except DecodeError as error:
@@ -333,6 +277,26 @@ class ParameterServerService(pb_grpc.ParameterServerServiceServicer):
                 f"values cannot be fetched in {codec.name}, which is for differences; fetch {' or '.join(WHOLE_CODECS)}"
             )
         return codec
+
+
+async def _while_they_come(messages: AsyncIterator[_Message]) -> AsyncIterator[_Message]:
+    """The messages of an upload, which keeps others from beginning one: it ends if it does not move.
+
+    Raises:
+        UnavailableError: No message came for STALLED_S.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(STALLED_S):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UnavailableError(
+                f"the upload was ended: no message of it came for {STALLED_S:g} s, and nobody else could begin one; "
+                "begin it again"
+            ) from None
+        yield message
 
 
 def _require_version(version: int) -> None:

@@ -234,6 +234,11 @@ class Shard:
         issuing = self._fragments[index].ledger.issuing_bin
         return self._rule.rates.lr(issuing), self._rule.rates.momentum(issuing)
 
+    @property
+    def quota(self) -> int:
+        """Pushes in a bin that would begin now."""
+        return self.schedule.quota or max(1, len(self.membership.active))
+
     def roster(self) -> Roster:
         """Who counts at this moment."""
         return Roster(active=self.membership.active, most_active=self.membership.most_active)

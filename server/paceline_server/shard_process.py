@@ -28,6 +28,9 @@ from paceline_server.storage.recovery import Recovered
 from paceline_wire.errors import ERRORS_BY_NAME, ConfigurationError, StorageError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
+LONGEST_LINE_BYTES = 16 * 1024 * 1024
+"""Of what the starter says: the configuration has all tokens in it."""
+
 
 def stop_signal() -> asyncio.Event:
     """An event that SIGTERM and SIGINT set. Call it inside the running loop."""
@@ -61,7 +64,7 @@ def recovery_report(recovered: Recovered | None) -> dict[str, Any]:
 
 async def _serve() -> int:
     stopping = stop_signal()
-    stdin = asyncio.StreamReader()
+    stdin = asyncio.StreamReader(limit=LONGEST_LINE_BYTES)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     first = json.loads(await stdin.readline())
     config = config_from_mapping(first["config"])

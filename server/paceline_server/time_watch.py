@@ -26,6 +26,7 @@ async def watch_time(engine: Engine) -> None:
         if engine.clock() >= forget_s:
             engine.forget_gone()
             forget_s = engine.clock() + FORGET_EVERY_S
+        await engine.keep_membership()
         await _close_due_bins(engine)
         due_s = _next_look_s(engine, attention.judges_at_s)
         await engine.wait_for_roster(max(0.0, due_s - engine.clock()))

@@ -3,15 +3,21 @@
 import asyncio
 from collections.abc import Iterator
 
+import grpc.aio
 import pytest
 import torch
 
 import paceline
 import paceline_server
+from integration.patience import PATIENCE_S, wait_until_async
 from integration.raw import RawWorker
 from paceline.fragments import gather, manifest_of
+from paceline_server.server import ShardServer
+from paceline_server.settings import config_from_mapping
 from paceline_wire.errors import UnavailableError
 from paceline_wire.manifest import Manifest
+from paceline_wire.v1 import parameter_server_pb2 as pb
+from paceline_wire.v1 import parameter_server_pb2_grpc as pb_grpc
 
 SIZE = 700
 THEIRS = {"x": torch.full((SIZE,), -1.0)}
@@ -85,3 +91,29 @@ async def test_what_was_pushed_to_is_not_replaced(address: str) -> None:
             with pytest.raises(UnavailableError, match="did not finish"):
                 await asyncio.wait_for(client.initialize(OURS), 60)
         assert torch.equal(trained, raw.fetch(0)[1])
+
+
+async def test_an_upload_that_does_not_move_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An uploader that is there and sends nothing must not keep everybody from beginning the run for good."""
+    monkeypatch.setattr("paceline_server.service.STALLED_S", 0.5)
+    server = ShardServer(config_from_mapping({"listen": "127.0.0.1:0"}), 0)
+    port = server.bind()
+    await server.start([pb.Shard(port=port)])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stuck = pb_grpc.ParameterServerServiceStub(channel).Initialize()
+        tensor = pb.Tensor(name="x", shape=[256], dtype=pb.DTYPE_FLOAT32, role=pb.ROLE_PARAMETER)
+        manifest = pb.Manifest(tensors=[tensor], fragment_elements=4_194_304)
+        start = pb.InitializeStart(protocol_version=1, manifest=manifest, initialization_id=1)
+        await stuck.write(pb.InitializeRequest(start=start))
+
+        async def is_under_way() -> bool:
+            return server._engine.initializing.locked()
+
+        await wait_until_async(is_under_way)
+        async with asyncio.timeout(PATIENCE_S), paceline.connect(f"127.0.0.1:{port}", worker_id="b") as worker:
+            await worker.initialize({"x": torch.ones(256)})
+            assert (await worker.fetch()).tensors["x"].sum() == 256
+        with pytest.raises(grpc.aio.AioRpcError, match="no message of it came") as refused:
+            await stuck
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    await server.drain()

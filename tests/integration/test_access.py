@@ -34,6 +34,14 @@ def guarded() -> Iterator[str]:
         yield address
 
 
+async def test_thousands_of_tokens_reach_every_shard() -> None:
+    """The configuration goes to the shards' processes as one line, however long it is."""
+    tokens = [f"token-{number:040d}" for number in range(2000)]
+    with paceline_server.local({"shards": 2, "security": {"tokens": tokens}}) as address:
+        async with paceline.connect(address, token=tokens[-1]) as client:
+            assert len(await client.statuses()) == 2
+
+
 def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     """Something small to join with."""
     model = nn.Linear(3, 2)
@@ -104,11 +112,14 @@ def test_all_calls_are_covered_above() -> None:
 
 
 def test_health_is_told_without_the_token_and_nothing_else_is(guarded: str) -> None:
-    """Probes carry no token: health is open, reflection is not."""
+    """Probes carry no token: a health check is open, watching the health and reflection are not."""
     with grpc.insecure_channel(guarded) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            list(health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S))
+        assert ended(refused.value).code is grpc.StatusCode.UNAUTHENTICATED
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         with pytest.raises(grpc.RpcError) as refused:

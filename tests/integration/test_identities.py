@@ -274,8 +274,8 @@ async def test_limits_hold_for_one_identity_alone(tmp_path: Path) -> None:
     make_authority(folder, *IDENTITIES)
     config = {
         "security": {"token_key": security_of(folder)["token_key"]},
-        "schedule": {"quota": 100},
-        "limits": {"streams": 1, "pushes_per_bin": 2},
+        "schedule": {"kind": "participation"},
+        "limits": {"streams": 1, "pushes_per_bin": 3},
         "exchange": {"uplink": "fp32", "fragment_elements": 256},
     }
     with paceline_server.local(config) as address:
@@ -283,20 +283,43 @@ async def test_limits_hold_for_one_identity_alone(tmp_path: Path) -> None:
             tensors=[pb.Tensor(name="x", shape=[256], dtype=pb.DTYPE_FLOAT32, role=pb.ROLE_PARAMETER)],
             fragment_elements=256,
         )
-        for name in ("a", "b"):
-            with RawWorker(address, name, token=token_of(folder, name)) as raw:
-                raw.initialize(manifest, {0: torch.zeros(256)})
-                raw.join()
-                with raw.exchange() as stream:
-                    stream.push(0, 1, 0, torch.zeros(256))
-                    stream.update()
-                    with raw.exchange() as second:
-                        assert second.end().error == "LimitExceededError"
-                    # The first one opens the next bin; two more fit into it.
-                    for seq in (2, 3, 4):
-                        stream.push(0, seq, 0, torch.zeros(256))
-                    end = stream.last()
-                    assert (end.error, "limits.pushes_per_bin = 2" in end.details) == ("LimitExceededError", True)
+        with RawWorker(address, "c.waits", token=token_of(folder, "root", "admin")) as waits:
+            # The bin stays open until it has pushed.
+            waits.initialize(manifest, {0: torch.zeros(256)})
+            waits.join()
+            for name in ("a", "b"):
+                with RawWorker(address, name, token=token_of(folder, name)) as raw:
+                    raw.join()
+                    with raw.exchange() as stream:
+                        stream.push(0, 1, 0, torch.zeros(256))
+                        stream.update()
+                        with raw.exchange() as second:
+                            assert second.end().error == "LimitExceededError"
+                        for seq in (2, 3, 4):
+                            stream.push(0, seq, 0, torch.zeros(256))
+                        end = stream.last()
+                        assert (end.error, "limits.pushes_per_bin = 3" in end.details) == ("LimitExceededError", True)
+
+
+async def test_an_identity_alone_fills_its_bins(tmp_path: Path) -> None:
+    """A run of one site would stop for good if its bin were larger than what one identity may push to a bin."""
+    folder = tmp_path / "certs"
+    make_authority(folder, *IDENTITIES)
+    config = {
+        "security": {"token_key": security_of(folder)["token_key"]},
+        "schedule": {"quota": 4},
+        "limits": {"pushes_per_bin": 2},
+    }
+    with paceline_server.local(config) as address:
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            paceline.connect(address, worker_id="a", token=token_of(folder, "a")) as client,
+        ):
+            await client.initialize(START)
+            base = await client.fetch()
+            for _ in range(9):
+                base = await client.exchange({"x": torch.zeros(3)}, base)
+            assert set(base.bins.values()) == {3}
 
 
 class TestCommand:

@@ -5,14 +5,17 @@ from collections.abc import AsyncIterator
 
 import torch
 
+from integration.patience import PATIENCE_S, wait_until_async
 from paceline_server.buffers import Buffers
 from paceline_server.config import ServerConfig
+from paceline_server.config_limits import LimitsConfig
 from paceline_server.construction import build_shard
 from paceline_server.engine import Engine
 from paceline_server.exchange import ExchangeStream
 from paceline_server.held import Form
 from paceline_server.journal import NoJournal
 from paceline_server.ledger import Answer
+from paceline_server.security.limits import Allowance
 from paceline_server.updates import Encoded, Written
 from paceline_wire import codecs
 from paceline_wire.bulk import Bulk
@@ -61,4 +64,40 @@ async def test_an_answer_that_waits_for_room_is_not_kept_waiting_by_the_next() -
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert engine.buffers.outgoing.held_bytes == 0
+    await engine.finish()
+
+
+async def test_a_stream_that_ends_while_it_waits_for_its_turn_does_not_hold_up_the_drain() -> None:
+    """An identity's other streams have all of its turns; the drain must not wait for the one that is gone."""
+    shard = build_shard(ServerConfig.model_validate({"exchange": {"fragment_elements": ELEMENTS}}), 0)
+    engine = Engine(shard, NoJournal())
+    await engine.begin_initialization(MANIFEST, 7)
+    for index in range(NUM_FRAGMENTS):
+        await engine.initialize_fragment(index, FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
+    shard.membership.join(engine.clock(), "a", 1)
+    allowance = Allowance("a", LimitsConfig())
+    while not allowance.processing.locked():
+        await allowance.processing.acquire()
+
+    async def write(message: Bulk[pb.ExchangeResponse]) -> None:
+        raise AssertionError("there is nothing to answer")
+
+    async def one_push() -> AsyncIterator[Bulk[pb.ExchangeRequest]]:
+        values = outgoing(FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
+        push = pb.Push(fragment=0, seq=1, base_bin=0, payload=values.announced)
+        yield Bulk(pb.ExchangeRequest(push=push), values.payload.numpy().tobytes())
+        await asyncio.Event().wait()
+
+    async def waits_for_its_turn() -> bool:
+        return bool(allowance.processing._waiters)
+
+    stream = ExchangeStream(engine, pb.Worker(worker_id="a", incarnation=1), FP32, write, allowance=allowance)
+    running = asyncio.create_task(stream.run(one_push()))
+    await wait_until_async(waits_for_its_turn)
+    draining = asyncio.create_task(stream.drain())
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait_for(draining, PATIENCE_S)
+    await asyncio.gather(running, return_exceptions=True)
+    assert engine.buffers.incoming.held_bytes == 0
     await engine.finish()

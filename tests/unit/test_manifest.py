@@ -149,6 +149,13 @@ def test_a_manifest_without_elements_has_no_fragments(tensors: list[TensorSpec])
     assert Manifest.from_wire(manifest.to_wire()) == manifest
 
 
+def test_the_message_is_made_once() -> None:
+    """Whoever asks a shard what it hosts costs it no walk over the tensors, of which there may be a million."""
+    manifest = Manifest.of([TensorSpec(name="x", shape=(3,), dtype="float32", role="parameter")], 256)
+    assert manifest.wire is manifest.wire
+    assert manifest.wire == manifest.to_wire()
+
+
 def test_a_0_d_tensor_is_one_element() -> None:
     """A scalar parameter is exchanged like any other."""
     (fragment,) = Manifest.of([spec("scale")]).fragments

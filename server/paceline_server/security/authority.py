@@ -8,34 +8,32 @@
 Folders have mode 0700 and secrets 0600 from the moment they exist. Nothing is overwritten but by `renew`.
 """
 
-import ipaddress
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from paceline_server.security.certificates import identity_uri
-from paceline_server.security.identity import Role, check_name
+from paceline_server.security.identity import Role
+from paceline_server.security.issuing import (
+    authority_certificate,
+    client_certificate,
+    lifetime,
+    private_pem,
+    refuse_names,
+    server_certificate,
+)
 from paceline_server.security.tokens import sign
 from paceline_wire.errors import InvalidInputError
-
-CA_DAYS = 3650
 
 TOKEN, CERTIFICATE = "token", "certificate"
 
@@ -103,16 +101,9 @@ class Authority:
         for folder in (self._own, self.server_folder):
             _make_folder(folder)
         ca_key, token_key = ec.generate_private_key(ec.SECP256R1()), Ed25519PrivateKey.generate()
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "paceline run")])
-        usage = _key_usage(sign_certificates=True)
-        ca = (
-            _builder(name, name, ca_key.public_key(), secrets.randbits(126), CA_DAYS)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .sign(ca_key, hashes.SHA256())
-        )
-        _write(self._own / "ca.key", _private(ca_key))
-        _write(self._own / "token.key", _private(token_key))
+        ca = authority_certificate(ca_key)
+        _write(self._own / "ca.key", private_pem(ca_key))
+        _write(self._own / "token.key", private_pem(token_key))
         _write(self._own / "ca.pem", ca.public_bytes(Encoding.PEM), mode=0o644)
         _write(self._own / "issued.json", json.dumps({"kind": kind, "issued": []}).encode())
         public = token_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -142,37 +133,45 @@ class Authority:
         """Make the server's certificate; loopback's names are added, for health checks.
 
         Raises:
-            InvalidInputError: There is one, and it is not to be renewed.
+            InvalidInputError: There is one, and it is not to be renewed, or a name or the time is not allowed.
         """
+        with self._held():
+            return self._issue_server(names, days, renew=renew)
+
+    def _issue_server(self, names: Sequence[str], days: float, *, renew: bool) -> Issued:
         all_names = tuple(dict.fromkeys([*names, "localhost", "127.0.0.1", "::1"]))
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._signed(
-            key, "paceline server", [_general_name(name) for name in all_names], days, ExtendedKeyUsageOID.SERVER_AUTH
-        )
+        certificate = server_certificate(*self._signer(), key, all_names, days)
         # The key first: a server that reads between the two keeps the old pair, since these do not fit together.
-        _write(self.server_folder / "server.key", _private(key), replace=renew)
+        _write(self.server_folder / "server.key", private_pem(key), replace=renew)
         _write(self.server_folder / "server.pem", certificate.public_bytes(Encoding.PEM), mode=0o644, replace=renew)
-        return self._note(_issued(certificate, names[0], "server", names=tuple(names)))
+        return self._note(_issued(certificate, names[0] if names else "localhost", "server", names=tuple(names)))
 
     def issue(self, name: str, role: Role, days: float, *, renew: bool = False) -> Issued:
         """Make an identity's credential.
 
         Raises:
-            InvalidInputError: The name is taken, too near to another, or no name.
+            InvalidInputError: The name is taken, too near to another, or no name, or the time is not allowed.
         """
+        with self._held():
+            return self._issue(name, role, days, renew=renew)
+
+    def _issue(self, name: str, role: Role, days: float, *, renew: bool) -> Issued:
         if not renew:
-            self._refuse_name(check_name(name))
+            refuse_names([name], {each.name for each in self.issued if each.role != "server"})
+        lifetime(days)
         folder = self.folder_of(name, role)
         _make_folder(folder)
-        _write(folder / "ca.pem", (self._own / "ca.pem").read_bytes(), mode=0o644, replace=renew)
+        _write(folder / "ca.pem", (self._own / "ca.pem").read_bytes(), mode=0o644, replace=True)
         if self.kind == TOKEN:
             return self._issue_token(name, role, days, renew=renew)
         key = ec.generate_private_key(ec.SECP256R1())
-        names = [x509.UniformResourceIdentifier(identity_uri(name, role))]
-        certificate = self._signed(key, name, names, days, ExtendedKeyUsageOID.CLIENT_AUTH)
-        _write(folder / "key.pem", _private(key), replace=renew)
+        certificate = client_certificate(*self._signer(), key, name, role, days)
+        # Noted first: what is not noted could not be revoked.
+        issued = self._note(_issued(certificate, name, role.value))
+        _write(folder / "key.pem", private_pem(key), replace=renew)
         _write(folder / "cert.pem", certificate.public_bytes(Encoding.PEM), mode=0o644, replace=renew)
-        return self._note(_issued(certificate, name, role.value))
+        return issued
 
     def revoke(self, names: Iterable[str]) -> list[Issued]:
         """Revoke all that identities have; returns what was revoked now.
@@ -180,14 +179,20 @@ class Authority:
         Raises:
             InvalidInputError: A name was never given out.
         """
+        with self._held():
+            return self._revoke(names)
+
+    def _revoke(self, names: Iterable[str]) -> list[Issued]:
         wanted, (kind, issued) = set(names), self._read()
         known = {each.name for each in issued if each.role != "server"}
         if unknown := sorted(wanted - known):
             raise InvalidInputError(f"nothing was given out to {', '.join(map(repr, unknown))}")
         now = [each for each in issued if each.name in wanted and each.role != "server" and not each.revoked]
-        with (self.server_folder / "revoked").open("a", encoding="utf-8") as file:
-            for each in now:
-                file.write(f"{each.id}  {each.kind} of {each.role} {each.name}, {datetime.now(UTC).date()}\n")
+        today = datetime.now(UTC).date()
+        _append(
+            self.server_folder / "revoked",
+            [f"{each.id}  {each.kind} of {each.role} {each.name}, {today}" for each in now],
+        )
         gone = {each.id for each in now}
         kept = [Issued(**{**asdict(each), "revoked": each.revoked or each.id in gone}) for each in issued]
         self._keep(kind, kept)
@@ -198,7 +203,7 @@ class Authority:
         if not isinstance(key, Ed25519PrivateKey):
             raise InvalidInputError(f"{self._own / 'token.key'} is not the key that made these tokens")
         now = datetime.now(UTC)
-        expires, token_id = now + timedelta(days=days), f"{secrets.randbits(126) | 1 << 126:x}"
+        expires, token_id = now + lifetime(days), f"{secrets.randbits(126) | 1 << 126:x}"
         token = sign(
             key,
             name=name,
@@ -207,43 +212,36 @@ class Authority:
             issued_s=now.timestamp(),
             expires_s=expires.timestamp(),
         )
-        _write(self.folder_of(name, role) / "token", f"{token}\n".encode(), replace=renew)
-        return self._note(
+        issued = self._note(
             Issued(name=name, role=role.value, kind=TOKEN, id=token_id, expires=expires.isoformat(timespec="seconds"))
         )
+        _write(self.folder_of(name, role) / "token", f"{token}\n".encode(), replace=renew)
+        return issued
 
-    def _signed(
-        self,
-        key: ec.EllipticCurvePrivateKey,
-        common_name: str,
-        names: Sequence[x509.GeneralName],
-        days: float,
-        purpose: x509.ObjectIdentifier,
-    ) -> x509.Certificate:
-        ca = x509.load_pem_x509_certificate((self._own / "ca.pem").read_bytes())
-        ca_key = load_pem_private_key((self._own / "ca.key").read_bytes(), password=None)
-        if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
+    def _signer(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        """The authority's certificate and key."""
+        key = load_pem_private_key((self._own / "ca.key").read_bytes(), password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise InvalidInputError(f"{self._own / 'ca.key'} is not the key of ca.pem")
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        return (
-            _builder(subject, ca.subject, key.public_key(), secrets.randbits(126) | 1 << 126, days)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(sign_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
+        return x509.load_pem_x509_certificate((self._own / "ca.pem").read_bytes()), key
 
-    def _refuse_name(self, name: str) -> None:
-        for taken in {each.name for each in self.issued if each.role != "server"}:
-            if taken == name:
-                raise InvalidInputError(f"{name!r} has a credential already; use `paceline certs renew` to replace it")
-            shorter, longer = sorted((taken, name), key=len)
-            if longer.startswith(f"{shorter}."):
-                raise InvalidInputError(
-                    f"{name!r} is too near to {taken!r}: {shorter!r} may act under all names that begin with "
-                    f"'{shorter}.'"
-                )
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep other commands out of the authority: what one of them notes would be lost, and could not be revoked."""
+        try:
+            descriptor = os.open(self._own, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            raise self._missing() from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _missing(self) -> InvalidInputError:
+        return InvalidInputError(
+            f"there is no authority in {self._folder}; make one with `paceline certs make {self._folder}`"
+        )
 
     def _note(self, issued: Issued) -> Issued:
         kind, before = self._read()
@@ -258,9 +256,7 @@ class Authority:
         try:
             content = json.loads((self._own / "issued.json").read_text(encoding="utf-8"))
         except OSError:
-            raise InvalidInputError(
-                f"there is no authority in {self._folder}; make one with `paceline certs make {self._folder}`"
-            ) from None
+            raise self._missing() from None
         issued = [Issued(**{**each, "names": tuple(each["names"])}) for each in content["issued"]]
         return str(content["kind"]), issued
 
@@ -276,51 +272,17 @@ def _issued(certificate: x509.Certificate, name: str, role: str, names: tuple[st
     )
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, serial: int, days: float
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(serial | 1)
-        # Clocks of other hosts may be a little behind.
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=days))
-    )
-
-
-def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _general_name(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
-def _private(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
 def _make_folder(folder: Path) -> None:
     for each in (*reversed(folder.parents), folder):
         if not each.exists():
             each.mkdir(mode=0o700)
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a file, each a line of its own even where somebody left the last one without its end."""
+    broken = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if broken else "") + "".join(f"{line}\n" for line in lines))
 
 
 def _write(path: Path, content: bytes, *, mode: int = 0o600, replace: bool = False) -> None:

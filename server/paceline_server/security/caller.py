@@ -13,13 +13,25 @@ class Caller:
 
     Attributes:
         identity: Who it is.
+        peer: From where it calls, as gRPC says it, such as "ipv4:192.0.2.7:51234"; empty: not known.
         allowance: Its limits; None: it has none.
         waits: How long this call has waited for them.
     """
 
     identity: Identity
+    peer: str = ""
     allowance: Allowance | None = None
     waits: Waits = field(default_factory=Waits, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Whom its credential names; empty: it showed none that names anybody."""
+        return self.identity.name or ""
+
+    @property
+    def host(self) -> str:
+        """Its host without the port: what its calls have in common where no credential names it."""
+        return self.peer.rpartition(":")[0] or self.peer
 
 
 _CALLER: ContextVar[Caller] = ContextVar("paceline_caller", default=Caller(identity=ANYBODY))  # noqa: B039  # frozen

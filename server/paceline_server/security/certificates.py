@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
@@ -32,8 +33,13 @@ def identity_of(pem: bytes) -> Identity:
     Raises:
         UnauthenticatedError: It names nobody.
     """
-    certificate = x509.load_pem_x509_certificate(pem)
-    found = _named_by_uri(certificate) or _named_by_common_name(certificate)
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        uris = _uris(certificate)
+    except ValueError as error:
+        raise UnauthenticatedError(f"the client certificate cannot be read: {error}") from None
+    # One that says who it is in a way that this version does not know is nobody, not a worker of its common name.
+    found = _named_by_uri(uris) if uris else _named_by_common_name(certificate)
     if found is None:
         raise UnauthenticatedError(
             "the client certificate names nobody: it needs an alternative name paceline:ROLE:NAME (paceline certs), or "
@@ -50,15 +56,21 @@ def certificate_id(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
 
 
-def _named_by_uri(certificate: x509.Certificate) -> tuple[str, Role] | None:
+def _uris(certificate: x509.Certificate) -> list[str]:
+    """The alternative names of a certificate that are of our scheme."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return None
+        return []
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return [uri for uri in uris if uri.startswith(f"{_SCHEME}:")]
+
+
+def _named_by_uri(uris: list[str]) -> tuple[str, Role] | None:
     roles = {role.value: role for role in Role}
-    for uri in names.get_values_for_type(x509.UniformResourceIdentifier):
-        scheme, role, name = (*uri.split(":", 2), "", "")[:3]
-        if scheme == _SCHEME and role in roles and NAME.fullmatch(name):
+    for uri in uris:
+        _, role, name = (*uri.split(":", 2), "")[:3]
+        if role in roles and NAME.fullmatch(name):
             return name, roles[role]
     return None
 
@@ -83,7 +95,7 @@ def read_server_certificate(security: SecurityConfig) -> grpc.ServerCertificateC
         _certificates("client_ca", security.client_ca, authorities)
     try:
         own = load_pem_private_key(key, password=None).public_key()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise ConfigurationError(
             f"security.tls_key = '{security.tls_key}' holds no private key in PEM without a password."
         ) from None

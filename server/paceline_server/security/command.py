@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 _FOLDER = click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 _JSON = click.option("as_json", "--json", is_flag=True, help="Print one JSON object.")
-_DAYS = click.option(
-    "--days", type=click.FloatRange(min=0, min_open=True), default=90.0, show_default=True, help="How long they last."
-)
+_LASTING = click.FloatRange(min=0, max=3650, min_open=True)
+_DAYS = click.option("--days", type=_LASTING, default=90.0, show_default=True, help="How long they last.")
 
 
 def _identities(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,7 +41,7 @@ def certs() -> None:
 @click.option("--credentials", type=click.Choice(["token", "certificate"]), default="token", show_default=True,
               help="What workers show: signed tokens, or client certificates (mutual TLS).")  # fmt: skip
 @_DAYS
-@click.option("--server-days", type=click.FloatRange(min=0, min_open=True), default=365.0, show_default=True,
+@click.option("--server-days", type=_LASTING, default=365.0, show_default=True,
               help="How long the server's certificate lasts.")  # fmt: skip
 @_JSON
 def make(
@@ -56,7 +55,11 @@ def make(
 ) -> None:
     """Make everything that a run needs in DIR, and say how to use it."""
     from paceline_server.security.authority import Authority
+    from paceline_server.security.issuing import refuse_names, refuse_server_names
 
+    # Before anything is made: half an authority would have to be finished by other commands.
+    refuse_server_names(names)
+    refuse_names([name for given in identities.values() for name in given])
     authority = Authority(folder)
     authority.begin(credentials)
     issued = [authority.issue_server(names, server_days), *_issue(authority, identities, days)]
@@ -86,7 +89,7 @@ def add(folder: Path, days: float, as_json: bool, **identities: tuple[str, ...])
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--server", "server_names", metavar="NAME", multiple=True, help="New names of the server's certificate; "
               "left out, it keeps its own.")  # fmt: skip
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="How long they last; left out: 90, and 365 "
+@click.option("--days", type=_LASTING, help="How long they last; left out: 90, and 365 "
               "for the server's certificate.")  # fmt: skip
 @_JSON
 def renew(
@@ -98,14 +101,16 @@ def renew(
     """
     from paceline_server.security.authority import Authority
     from paceline_server.security.identity import Role
+    from paceline_server.security.issuing import refuse_server_names
 
+    refuse_server_names(server_names)
     authority = Authority(folder)
     newest = {each.name: each for each in authority.issued if each.role != "server"}
     if unknown := sorted(set(names) - set(newest)):
         raise InvalidInputError(f"nothing was given out to {', '.join(map(repr, unknown))}")
     issued = [authority.issue(name, Role(newest[name].role), days or 90.0, renew=True) for name in names]
     if server_names or not names:
-        before = [each for each in authority.issued if each.role == "server"][-1].names
+        before = next((each.names for each in reversed(authority.issued) if each.role == "server"), ())
         issued.append(authority.issue_server(server_names or before, days or 365.0, renew=True))
     _tell(authority, folder, issued, as_json)
 

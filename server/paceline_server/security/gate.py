@@ -8,7 +8,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,11 +16,11 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
+from paceline_server.refusals import Context, abort, unreadable
 from paceline_server.security.caller import Caller, serve_for
 from paceline_server.security.credentials import Credentials
 from paceline_server.security.identity import Identity
 from paceline_server.security.limits import Allowance, Allowances, Waits
-from paceline_server.service import Context, abort, unreadable
 from paceline_wire.bulk import Bulk
 from paceline_wire.errors import InvalidInputError, LimitExceededError, PacelineError, UnavailableError
 
@@ -36,8 +36,11 @@ up to what gRPC lets through."""
 REFUSAL_S = 1.0
 """Seconds before a call beyond a limit is refused: refusing at once would let a flood of them run on."""
 
-_OPEN_METHODS = "/grpc.health.v1.Health/"
-"""Probes of orchestrators carry no token, and learn nothing but whether the shard serves."""
+_OPEN_METHOD = "/grpc.health.v1.Health/Check"
+"""Probes of orchestrators carry no token, and learn nothing but whether the shard serves. What lasts is not open."""
+
+MAX_OPEN_REQUEST_BYTES = 4096
+"""The largest request of a caller who need not say who it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +85,9 @@ class Gate(grpc.aio.ServerInterceptor):
         """Put the gate before the method's handler."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_OPEN_METHODS):
-            return handler
-        return self._gated(method, handler)
+        if handler is None:
+            return None
+        return _opened(handler) if method == _OPEN_METHOD else self._gated(method, handler)
 
     def _gated(self, method: str, handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
         kind = (handler.request_streaming, handler.response_streaming)
@@ -101,14 +104,15 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def generated(request: Any, context: Context) -> AsyncIterator[Any]:
             # Reflection is written as a generator, which cannot be awaited.
-            await self._let_in(method, context)
-            async for answer in behaviour(request, context):
-                yield answer
+            caller, running = await self._let_in(method, context)
+            async with self._streaming(caller, running, context):
+                async for answer in behaviour(request, context):
+                    yield answer
 
         gated: Any = generated if inspect.isasyncgenfunction(inner) else answered
         deserializer = handler.request_deserializer
         if not handler.request_streaming and deserializer is not None:
-            deserializer = _bounded(deserializer)
+            deserializer = _bounded(deserializer, MAX_REQUEST_BYTES)
         serializer = handler.response_serializer
         return make(gated, request_deserializer=deserializer, response_serializer=serializer)
 
@@ -119,18 +123,25 @@ class Gate(grpc.aio.ServerInterceptor):
         allowance = caller.allowance
         if not any(kind):
             return await behaviour(request, context)
-        with ExitStack() as open_:
+        async with self._streaming(caller, running, context):
             if allowance is not None:
-                try:
-                    open_.enter_context(allowance.stream())
-                except LimitExceededError as error:
-                    await self._refuse_slowly(context, error)
                 request = _PacedMessages(request, allowance, caller.waits) if kind[0] else request
                 context = _PacedContext(context, allowance, caller.waits) if kind[1] else context  # type: ignore[assignment]  # it forwards what it has not
+            return await behaviour(request, context)
+
+    @asynccontextmanager
+    async def _streaming(self, caller: Caller, running: _Running, context: Context) -> AsyncIterator[None]:
+        """Count a stream while it is served, and end it once its credential no longer counts."""
+        with ExitStack() as open_:
+            if caller.allowance is not None:
+                try:
+                    open_.enter_context(caller.allowance.stream())
+                except LimitExceededError as error:
+                    await self._refuse_slowly(context, error)
             self._running.add(running)
             open_.callback(self._running.discard, running)
             try:
-                return await behaviour(request, context)
+                yield
             except asyncio.CancelledError:
                 if not running.reasons:
                     raise
@@ -144,8 +155,9 @@ class Gate(grpc.aio.ServerInterceptor):
         try:
             identity = self._credentials.identify(authorization, certificate)
             allowance = self._allowances.of(identity.name)
-            if allowance is not None:
-                await allowance.call()
+            if allowance is not None and await allowance.call():
+                # Nobody looked meanwhile whether its credential still counts.
+                identity = self._credentials.identify(authorization, certificate)
             identity.refuse_method(method)
         except LimitExceededError as error:
             await self._refuse_slowly(context, error)
@@ -154,7 +166,7 @@ class Gate(grpc.aio.ServerInterceptor):
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call is served outside a task")
-        caller = Caller(identity=identity, allowance=allowance)
+        caller = Caller(identity=identity, peer=str(context.peer()), allowance=allowance)
         serve_for(caller)
         return caller, _Running(identity, authorization, certificate, task, [])
 
@@ -185,14 +197,29 @@ class _Unusable:
         self.error = error
 
 
-def _bounded(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _opened(handler: "grpc.RpcMethodHandler[Any, Any]") -> "grpc.RpcMethodHandler[Any, Any]":
+    """The handler of a method with one request and one answer that anybody may call."""
+    behaviour: Any = handler.unary_unary
+    deserializer: Any = handler.request_deserializer
+
+    async def answered(request: Any, context: Context) -> Any:
+        if isinstance(request, _Unusable):
+            await abort(context, request.error)
+        return await behaviour(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(
+        answered,
+        request_deserializer=_bounded(deserializer, MAX_OPEN_REQUEST_BYTES),
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _bounded(deserialize: Callable[[bytes], Any], most_bytes: int) -> Callable[[bytes], Any]:
     """A deserializer for requests of a bounded size; the others become what the gate refuses with a sentence."""
 
     def bounded(message: bytes) -> Any:
-        if len(message) > MAX_REQUEST_BYTES:
-            return _Unusable(
-                InvalidInputError(f"the request has {len(message)} bytes; at most {MAX_REQUEST_BYTES} are taken")
-            )
+        if len(message) > most_bytes:
+            return _Unusable(InvalidInputError(f"the request has {len(message)} bytes; at most {most_bytes} are taken"))
         try:
             return deserialize(message)
         except DecodeError as error:

@@ -103,4 +103,5 @@ _ROLES: Mapping[str, frozenset[Role]] = {
     **{f"{_TRAINING}{name}": _WORKING for name in ("Initialize", "Join", "Heartbeat", "Leave", "Exchange")},
     "/paceline_wire.v1.AdminService/Status": _EVERY_ROLE,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _EVERY_ROLE,
+    "/grpc.health.v1.Health/Watch": _EVERY_ROLE,
 }

@@ -89,8 +89,8 @@ class Allowance:
         """Mbit/s that it may send, and as many that it may receive; None: any."""
         return self._limits.mbit or None
 
-    async def call(self) -> None:
-        """Wait for a call's turn.
+    async def call(self) -> bool:
+        """Wait for a call's turn; whether there was anything to wait for.
 
         Raises:
             LimitExceededError: Too many wait already.
@@ -102,12 +102,13 @@ class Allowance:
             )
         wait_s = self._calls.take(_now(), 1)
         if not wait_s:
-            return
+            return False
         self._num_waiting += 1
         try:
             await asyncio.sleep(wait_s)
         finally:
             self._num_waiting -= 1
+        return True
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -135,13 +136,14 @@ class Allowance:
         """Wait until bytes that are to be sent are paid for; returns the seconds."""
         return await _waited(self._sent.take(_now(), num_bytes))
 
-    def push(self, fragment: int, open_bin: int, push: tuple[str, int, int]) -> None:
+    def push(self, fragment: int, open_bin: int, push: tuple[str, int, int], *, quota: int) -> None:
         """Count a push to a fragment whose bin is open; one that is sent again counts once.
 
         Args:
             fragment: The fragment.
             open_bin: Its open bin.
             push: The worker, its incarnation and the push's seq.
+            quota: Pushes that make a bin full: so many are taken at the least, or one that trains alone could stop.
 
         Raises:
             LimitExceededError: There were too many in this bin.
@@ -151,11 +153,13 @@ class Allowance:
             pushes = set()
         pushes.add(push)
         self._pushes[fragment] = (open_bin, pushes)
-        if len(pushes) > self._limits.pushes_per_bin:
+        most = max(self._limits.pushes_per_bin, quota)
+        if len(pushes) > most:
             pushes.discard(push)
             raise LimitExceededError(
-                f"{self._name!r} has sent limits.pushes_per_bin = {self._limits.pushes_per_bin} pushes of fragment "
-                f"{fragment} to bin {open_bin} already; the next one is taken when that bin has closed"
+                f"{self._name!r} has sent {most} pushes of fragment {fragment} to bin {open_bin} already, as many as "
+                f"limits.pushes_per_bin = {self._limits.pushes_per_bin} and the bin's quota of {quota} allow; the next "
+                "one is taken when that bin has closed"
             )
 
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from paceline_wire.errors import ConfigurationError
-
 _log = logging.getLogger(__name__)
 _Content = TypeVar("_Content")
 _Stamp = tuple[tuple[int, int, int] | None, ...]
@@ -30,19 +28,26 @@ class WatchedFiles(Generic[_Content]):
         self._paths = paths
         self._read = read
         self._stamp = self._now()
+        self._unusable: _Stamp | None = None
         self.content = read()
 
     def look(self) -> bool:
-        """Read them again if they have changed; returns whether there is something new. Blocks on the disk."""
+        """Read them again if they have changed; returns whether there is something new. Blocks on the disk.
+
+        What cannot be used is tried again at every look: it may be in the midst of being written, or lack a permission,
+        which no stamp shows.
+        """
         stamp = self._now()
         if stamp == self._stamp:
             return False
-        self._stamp = stamp
         try:
             self.content = self._read()
-        except ConfigurationError as error:
-            _log.error("a file has changed and cannot be used, so what it said before stays: %s", error)
+        except Exception as error:  # noqa: BLE001  # libraries raise their own, and the other files are read all the same
+            if stamp != self._unusable:
+                _log.error("a file has changed and cannot be used, so what it said before stays: %s", error)
+            self._unusable = stamp
             return False
+        self._stamp, self._unusable = stamp, None
         _log.info("read again: %s", ", ".join(map(str, self._paths)))
         return True
 

@@ -163,16 +163,18 @@ class Snapshotter:
         # Fragments are copied one by one, and replay brings each on from where it was copied: so it begins with the
         # configuration that counted before the first record that is replayed.
         async with self._live.changing:
+            covered_s, covered_bytes = self._engine.replay_s, self.journal_bytes
             number = await self._journal.rotate()
             config = self._live.config
         if number == self._newest:
             return number, True
         self._engine.replay_s, self._older_bytes = 0.0, 0
-        writer = await self._in_thread(lambda: SnapshotWriter(self._directory, number))
         try:
-            await self._fill(writer, config)
+            await self._fill(number, config)
         except BaseException:
-            self._thread.submit(writer.abandon)
+            # All of it is still to be replayed, so another attempt is due.
+            self._engine.replay_s += covered_s
+            self._older_bytes += covered_bytes
             raise
         self._newest = number
         self.counters.written += 1
@@ -181,13 +183,21 @@ class Snapshotter:
             await self._in_thread(lambda: self._mirrored(number))
         return number, False
 
-    async def _fill(self, writer: SnapshotWriter, config: ServerConfig) -> None:
+    async def _fill(self, number: int, config: ServerConfig) -> None:
+        writer = await self._in_thread(lambda: SnapshotWriter(self._directory, number))
+        try:
+            await self._fill_with(writer, config)
+        except BaseException:
+            self._thread.submit(writer.abandon)
+            raise
+
+    async def _fill_with(self, writer: SnapshotWriter, config: ServerConfig) -> None:
         engine, shard = self._engine, self._engine.shard
+        manifest, initialization_id = shard.manifest, shard.initialization_id
         for index in shard.fragments:
             copy = await engine.copied(index)
             await self._in_thread(lambda copy=copy, index=index: writer.add(index, copy))  # type: ignore[misc]  # mypy: typed lambda defaults
-        manifest = shard.manifest
-        if manifest is None:
+        if manifest is None or shard.manifest is not manifest:
             raise StorageError("the run was begun anew while its snapshot was written")
         record, membership = engine.membership_record, shard.membership.state(engine.clock())
         # What the snapshot includes must be in the journal, or its records' numbers could be given out twice.
@@ -197,7 +207,7 @@ class Snapshotter:
                 manifest,
                 shard=shard.index,
                 num_shards=shard.num_shards,
-                initialization_id=shard.initialization_id,
+                initialization_id=initialization_id,
                 time_s=engine.clock(),
                 membership_record=record,
                 membership=membership,
