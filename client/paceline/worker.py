@@ -121,7 +121,7 @@ class EndedFragment:
 
 
 class EndedRound:
-    """What a round has done, fragment by fragment: each is taken out once, and its memory is free as soon as it is sent.
+    """What a round has done, fragment by fragment; each is taken out once, and its memory is free once it is encoded.
 
     Attributes:
         tokens: Tokens or samples that it stands for; None if nobody counted them.
@@ -246,7 +246,7 @@ class Worker:
         return ended
 
     def prepare(self, index: int, ended: EndedRound) -> PreparedPush:
-        """Encode a fragment's outer gradient, and propose a start that includes what is expected of it. Once a round."""
+        """Encode a fragment's outer gradient, once, and propose a start that includes what is expected of it."""
         fragment, work = self._fragments[index], ended.take(index)
         prepared = fragment.push(
             work.start.wait(),

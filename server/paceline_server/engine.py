@@ -208,7 +208,6 @@ class Engine:
         record = await self._append(FragmentInitialized(fragment=index, payload=payload))
         self.shard.initialize_fragment(index, values)
         self.shard.fragments[index].record = record
-        del values, payload
         if self.shard.initialized:
             # The upload's payloads are four times as large as any that come now: their memory is not needed again.
             await self._in_thread(give_back_free_memory)
