@@ -45,12 +45,13 @@ def serve(config: ServerConfig, as_json: bool) -> None:
 
 async def _serve_here(config: ServerConfig, as_json: bool) -> int:
     from paceline_server.server import ShardServer
-    from paceline_server.shard_process import recovery_report, shard_addresses, stop_signal
+    from paceline_server.shard_process import pass_over_modules, recovery_report, shard_addresses, stop_signal
 
     stopping = stop_signal()
     server = ShardServer(config, config.shard_indexes[0])
     port = server.bind()
     await server.start(shard_addresses(config, [port]))
+    pass_over_modules()
     _announce(config, [port], [recovery_report(server.recovered)], as_json)
     tell_ready()
     return await server.run_until(stopping)
