@@ -1,6 +1,7 @@
 """For the container's HEALTHCHECK: asks a shard whether it serves; exits with 0 if so, with a sentence if not.
 
 It speaks the standard gRPC health protocol, which needs no token, and imports nothing heavy: a few tenths of a second.
+With --alive an answer is enough: for liveness probes, which must not kill a shard that writes its last snapshot.
 
 Variables: HEALTHCHECK_ADDRESS (default 127.0.0.1:7070) and, where the shard has TLS, HEALTHCHECK_CA: a PEM file with
 the authority of its certificate, which must then be valid for the host in the address (so give it localhost as a second
@@ -41,7 +42,7 @@ def main() -> None:
     address = os.environ.get("HEALTHCHECK_ADDRESS") or "127.0.0.1:7070"
     files = (os.environ.get(f"HEALTHCHECK_{name}") or None for name in ("CA", "CERT", "KEY"))
     try:
-        if not serving(address, *files):
+        if not serving(address, *files) and "--alive" not in sys.argv[1:]:
             sys.exit(f"{address} answers, but does not serve: it is starting or stopping")
     except grpc.RpcError as error:
         sys.exit(f"{address} does not answer: {error.details() if isinstance(error, grpc.Call) else error}")

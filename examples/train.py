@@ -4,7 +4,8 @@
     python examples/train.py --address 127.0.0.1:7070      # as often as you like, on as many hosts as you like
 
 The model learns to predict the next byte of Python source from the 16 bytes before; its data is the standard library of
-the Python that runs it. A token, if the server asks for one, is taken from the variable PACELINE_TOKEN.
+the Python that runs it. If the server asks for a token, that is in the variable PACELINE_TOKEN, or in the file that
+PACELINE_TOKEN_FILE names.
 """
 
 import argparse

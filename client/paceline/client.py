@@ -245,7 +245,7 @@ async def connect(
     Args:
         address: "host:port" of any of its shards.
         worker_id: Join as this worker, until the context ends; None: observe only.
-        token: The run's token; None: the variable PACELINE_TOKEN, if set.
+        token: The run's token; None: that in the variable PACELINE_TOKEN, or in the file PACELINE_TOKEN_FILE names.
         tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
         reach_s: Seconds to go on trying while the server cannot be reached.
         connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.

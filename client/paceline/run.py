@@ -283,7 +283,7 @@ def join(
         inner_steps: Inner steps in a round; None: as the server says, which gives slower workers fewer.
         worker_id: This worker's name, the same after a restart; None: a new name from the credential's,
             host and process.
-        token: The run's token; None: the variable PACELINE_TOKEN, if set.
+        token: The run's token; None: that in the variable PACELINE_TOKEN, or in the file PACELINE_TOKEN_FILE names.
         tls: None: no TLS; True: verify with the system's authorities; a path: with that CA file; or a `TLS`.
         uplink: Codec of pushes; None: as the server says.
         downlink: Codec of updates; None: as the server says.

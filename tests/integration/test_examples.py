@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import safetensors.torch
 import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import paceline_server
 from integration.patience import wait_until
@@ -170,12 +173,29 @@ def test_the_credentials_of_the_deployment_page(tmp_path: Path) -> None:
     assert "does not answer" in reason
 
 
-def probe(address: str, ca: Path | None) -> tuple[int, str]:
+def probe(address: str, ca: Path | None, *arguments: str) -> tuple[int, str]:
     """Run the container's health check; its exit code and what it says."""
     variables = {"HEALTHCHECK_ADDRESS": address} | ({"HEALTHCHECK_CA": str(ca)} if ca is not None else {})
-    command = [sys.executable, str(ROOT / "deploy" / "healthcheck.py")]
+    command = [sys.executable, str(ROOT / "deploy" / "healthcheck.py"), *arguments]
     done = subprocess.run(command, env=environment() | variables, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
+
+
+def test_a_shard_that_drains_is_alive_and_does_not_serve() -> None:
+    """The liveness probe must not end a shard that answers only that it takes nothing any more."""
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        code, reason = probe(address, None)
+        assert (code, "does not serve" in reason) == (1, True)
+        assert probe(address, None, "--alive") == (0, "")
+    finally:
+        server.stop(None).wait()
+    assert probe(address, None, "--alive")[0] == 1
 
 
 def free_address() -> str:

@@ -268,3 +268,10 @@ def test_a_run_is_divided_anew_in_a_pod_with_the_shards_volumes() -> None:
     places = {mount["mountPath"] for mount in container["volumeMounts"]}
     used = set(re.findall(r"(/volumes/\d)", (ROOT / "docs" / "operation.md").read_text()))
     assert used <= places
+
+
+def test_a_shard_that_drains_is_not_killed() -> None:
+    """It serves no more, so no worker is sent to it; but it is alive, and its last snapshot may take minutes."""
+    (shard,) = the("StatefulSet", resources("shards"))["spec"]["template"]["spec"]["containers"]
+    alive = {probe: "--alive" in shard[probe]["exec"]["command"] for probe in shard if probe.endswith("Probe")}
+    assert alive == {"startupProbe": False, "readinessProbe": False, "livenessProbe": True}
