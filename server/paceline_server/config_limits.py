@@ -30,7 +30,7 @@ class LimitsConfig(Section):
         gt=0,
         allow_inf_nan=False,
         description="Calls that one identity may make a second; more wait for their turn, and beyond 64 waiting ones "
-        "they are refused.",
+        "they are refused. A worker's heartbeats are one in two seconds.",
     )
     pushes_per_bin: int = Field(
         default=64,

@@ -262,7 +262,8 @@ class ExchangeStream:
         await self._processing.acquire()
         if self._read_no_more.is_set():
             self._processing.release()
-            return
+            # Nothing more is read; the drain ends the stream.
+            await asyncio.shield(self._end)
         if self._holding is not None:
             self._holding.name(incoming.fragment, incoming.held_version)
         push = ReceivedPush(

@@ -133,7 +133,7 @@ def changed_by_operator(config: ServerConfig, values: Mapping[str, Value], *, lo
         raise InvalidInputError(str(error).replace(" (given mapping)", "")) from error
 
 
-_OF_THE_HOST = {"listen", "advertise_host", "shard_addresses", "shard_index", "storage", "security"}
+_OF_THE_HOST = {"listen", "advertise_host", "shard_addresses", "shard_index", "storage", "security", "limits"}
 """Parts of the configuration that say where and for whom a shard is, not what the run is."""
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +12,7 @@ from paceline_server.config import ServerConfig
 from paceline_server.config_limits import LimitsConfig
 from paceline_server.construction import build_shard
 from paceline_server.engine import Engine
-from paceline_server.exchange import ExchangeStream
+from paceline_server.exchange import MAX_PROCESSING, ExchangeStream
 from paceline_server.held import Form
 from paceline_server.journal import NoJournal
 from paceline_server.ledger import Answer
@@ -67,37 +68,78 @@ async def test_an_answer_that_waits_for_room_is_not_kept_waiting_by_the_next() -
     await engine.finish()
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A shard with its parameters, and a stream of its one worker that pushes and then is silent."""
+
+    engine: Engine
+    stream: ExchangeStream
+    running: "asyncio.Task[None]"
+
+    @classmethod
+    async def begun(cls, num_pushes: int, allowance: Allowance | None = None, *, turns_taken: int = 0) -> "Streamed":
+        """Begin it; turns_taken of the stream's turns are not free."""
+        shard = build_shard(ServerConfig.model_validate({"exchange": {"fragment_elements": ELEMENTS}}), 0)
+        engine = Engine(shard, NoJournal())
+        await engine.begin_initialization(MANIFEST, 7)
+        for index in range(NUM_FRAGMENTS):
+            await engine.initialize_fragment(index, FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
+        shard.membership.join(engine.clock(), "a", 1)
+        stream = ExchangeStream(engine, pb.Worker(worker_id="a", incarnation=1), FP32, _drop, allowance=allowance)
+        for _ in range(turns_taken):
+            await stream._processing.acquire()
+        return cls(engine, stream, asyncio.create_task(stream.run(_pushes(num_pushes))))
+
+    async def ended(self) -> None:
+        """Wait for its end, and see that it holds nothing."""
+        await asyncio.gather(self.running, return_exceptions=True)
+        await self.engine.finish()
+        assert self.engine.buffers.incoming.held_bytes == 0
+        assert self.engine.buffers.outgoing.held_bytes == 0
+
+
+async def _drop(message: Bulk[pb.ExchangeResponse]) -> None:
+    pass
+
+
+async def _pushes(count: int) -> AsyncIterator[Bulk[pb.ExchangeRequest]]:
+    values = outgoing(FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
+    for seq in range(1, count + 1):
+        push = pb.Push(fragment=0, seq=seq, base_bin=0, payload=values.announced)
+        yield Bulk(pb.ExchangeRequest(push=push), values.payload.numpy().tobytes())
+    await asyncio.Event().wait()
+
+
 async def test_a_stream_that_ends_while_it_waits_for_its_turn_does_not_hold_up_the_drain() -> None:
     """An identity's other streams have all of its turns; the drain must not wait for the one that is gone."""
-    shard = build_shard(ServerConfig.model_validate({"exchange": {"fragment_elements": ELEMENTS}}), 0)
-    engine = Engine(shard, NoJournal())
-    await engine.begin_initialization(MANIFEST, 7)
-    for index in range(NUM_FRAGMENTS):
-        await engine.initialize_fragment(index, FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
-    shard.membership.join(engine.clock(), "a", 1)
     allowance = Allowance("a", LimitsConfig())
     while not allowance.processing.locked():
         await allowance.processing.acquire()
-
-    async def write(message: Bulk[pb.ExchangeResponse]) -> None:
-        raise AssertionError("there is nothing to answer")
-
-    async def one_push() -> AsyncIterator[Bulk[pb.ExchangeRequest]]:
-        values = outgoing(FP32, codecs.encode(FP32, torch.zeros(ELEMENTS)))
-        push = pb.Push(fragment=0, seq=1, base_bin=0, payload=values.announced)
-        yield Bulk(pb.ExchangeRequest(push=push), values.payload.numpy().tobytes())
-        await asyncio.Event().wait()
+    streamed = await Streamed.begun(1, allowance)
 
     async def waits_for_its_turn() -> bool:
         return bool(allowance.processing._waiters)
 
-    stream = ExchangeStream(engine, pb.Worker(worker_id="a", incarnation=1), FP32, write, allowance=allowance)
-    running = asyncio.create_task(stream.run(one_push()))
     await wait_until_async(waits_for_its_turn)
-    draining = asyncio.create_task(stream.drain())
+    draining = asyncio.create_task(streamed.stream.drain())
     await asyncio.sleep(0)
-    running.cancel()
+    streamed.running.cancel()
     await asyncio.wait_for(draining, PATIENCE_S)
-    await asyncio.gather(running, return_exceptions=True)
-    assert engine.buffers.incoming.held_bytes == 0
-    await engine.finish()
+    await streamed.ended()
+
+
+async def test_nothing_more_is_read_while_a_stream_is_drained() -> None:
+    """A push that came whole is left for the server's return, and what follows it is not taken from the link."""
+    streamed = await Streamed.begun(3, turns_taken=MAX_PROCESSING)
+
+    async def waits_for_a_turn() -> bool:
+        return bool(streamed.stream._processing._waiters)
+
+    await wait_until_async(waits_for_a_turn)
+    draining = asyncio.create_task(streamed.stream.drain())
+    await asyncio.sleep(0)
+    for _ in range(MAX_PROCESSING):
+        streamed.stream._processing.release()
+    await asyncio.wait_for(draining, PATIENCE_S)
+    await streamed.ended()
+    assert streamed.engine.shard.counters.bytes_received == 4 * ELEMENTS

@@ -13,6 +13,7 @@ from paceline_server.live_configuration import (
     Override,
     changed,
     changed_by_operator,
+    shaping,
     value_of,
 )
 from paceline_server.settings import config_from_mapping
@@ -115,3 +116,10 @@ async def test_a_line_that_says_something_else_hides_no_other(tmp_path: Path, li
         file.write((json.dumps(said) if said is not None else line) + "\n")
     await log.add(entry)
     assert await log.newest(9) == [entry, entry]
+
+
+def test_who_may_take_how_much_is_not_what_the_run_is() -> None:
+    """Limits are the host's: other ones are no record in the journal, which servers that know none can read, too."""
+    limited = config_from_mapping({"limits": {"streams": 3}})
+    assert shaping(limited) == shaping(config_from_mapping({}))
+    assert changed(limited, {"outer.lr": 0.1}).limits.streams == 3

@@ -1,5 +1,6 @@
 """Copies of snapshots elsewhere: any place that fsspec has a URL for, such as object storage."""
 
+import re
 from pathlib import Path
 
 import fsspec
@@ -26,7 +27,8 @@ class Mirror:
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except Exception as error:  # every backend of fsspec raises errors of its own
-            raise ConfigurationError(f"storage.mirror = {url!r}: {type(error).__name__}: {error}") from error
+            shown = _without_password(url)
+            raise ConfigurationError(f"storage.mirror = {shown!r}: {type(error).__name__}: {error}") from error
         self._folder = f"{root}/shard-{shard}/snapshots"
 
     def put(self, snapshot: Path) -> None:
@@ -45,4 +47,10 @@ class Mirror:
             for older in copies[: -self._keep]:
                 self._files.rm(older, recursive=True)
         except Exception as error:  # every backend of fsspec raises errors of its own
-            raise StorageError(f"{self._url} cannot be written: {type(error).__name__}: {error}") from error
+            shown = _without_password(self._url)
+            raise StorageError(f"{shown} cannot be written: {type(error).__name__}: {error}") from error
+
+
+def _without_password(url: str) -> str:
+    """A URL as logs may show it."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
