@@ -94,18 +94,12 @@ class Gate(grpc.aio.ServerInterceptor):
             (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
             (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
         }[kind]
-        behaviour: Any = inner
+        behaviour: Any = _writing(inner) if inspect.isasyncgenfunction(inner) else inner
 
-        async def answered(request: Any, context: Context) -> Any:
+        async def served(request: Any, context: Context) -> Any:
             return await self._serve(method, kind, behaviour, request, context)
 
-        async def generated(request: Any, context: Context) -> AsyncIterator[Any]:
-            # Reflection is written as a generator, which cannot be awaited.
-            await self._let_in(method, context)
-            async for answer in behaviour(request, context):
-                yield answer
-
-        gated: Any = generated if inspect.isasyncgenfunction(inner) else answered
+        gated: Any = served
         deserializer = handler.request_deserializer
         if not handler.request_streaming and deserializer is not None:
             deserializer = _bounded(deserializer)
@@ -144,8 +138,9 @@ class Gate(grpc.aio.ServerInterceptor):
         try:
             identity = self._credentials.identify(authorization, certificate)
             allowance = self._allowances.of(identity.name)
-            if allowance is not None:
-                await allowance.call()
+            if allowance is not None and await allowance.call():
+                # Its credential may have been revoked meanwhile, and only what runs is looked at again.
+                identity = self._credentials.identify(authorization, certificate)
             identity.refuse_method(method)
         except LimitExceededError as error:
             await self._refuse_slowly(context, error)
@@ -176,6 +171,16 @@ class Gate(grpc.aio.ServerInterceptor):
         except PacelineError as error:
             return error
         return None
+
+
+def _writing(generate: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[[Any, Context], Awaitable[None]]:
+    """A method that is a generator, as reflection is, made one that writes: only that can be ended at any time."""
+
+    async def write(request: Any, context: Context) -> None:
+        async for answer in generate(request, context):
+            await context.write(answer)
+
+    return write
 
 
 class _Unusable:

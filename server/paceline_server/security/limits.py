@@ -70,8 +70,8 @@ class Allowance:
         self._pushes: dict[int, tuple[int, set[tuple[str, int, int]]]] = {}
         self.processing = asyncio.Semaphore(MAX_PROCESSING)
 
-    async def call(self) -> None:
-        """Wait for a call's turn.
+    async def call(self) -> bool:
+        """Wait for a call's turn; returns whether it had to wait.
 
         Raises:
             LimitExceededError: Too many wait already.
@@ -83,12 +83,13 @@ class Allowance:
             )
         wait_s = self._calls.take(_now(), 1)
         if not wait_s:
-            return
+            return False
         self._num_waiting += 1
         try:
             await asyncio.sleep(wait_s)
         finally:
             self._num_waiting -= 1
+        return True
 
     @contextmanager
     def stream(self) -> Iterator[None]:
