@@ -4,7 +4,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from paceline.channels import error_of_status
+from paceline.channels import Access, error_of_status
 from paceline_wire.errors import ERROR_METADATA_KEY, NEWEST_INCARNATION_KEY, SupersededError
 
 
@@ -17,3 +17,10 @@ def test_a_superseding_incarnation_is_a_number_or_nothing(said: str, newest: int
     error = error_of_status(grpc.StatusCode.ABORTED, "gone", metadata, "there:1")
     assert isinstance(error, SupersededError)
     assert error.newest_incarnation == newest
+
+
+def test_a_token_is_not_in_what_is_printed() -> None:
+    """Whoever logs what a worker connects with, or a traceback that has it, shows no token."""
+    access = Access(token="correct-horse")
+    assert "correct-horse" in str(access.metadata)
+    assert "correct-horse" not in repr(access)

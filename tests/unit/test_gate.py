@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from integration.authority import make_authority, run_certs, security_of, token_of
+from integration.patience import PATIENCE_S
 from paceline_server.config_limits import LimitsConfig
 from paceline_server.config_security import SecurityConfig
 from paceline_server.security.caller import caller
@@ -262,7 +263,7 @@ def test_roles_are_checked_before_the_method(authority: Path) -> None:
         for name, role, method in (("eve", "observer", f"{TRAINING}Exchange"), ("a", "worker", "/a.New/Method")):
             opened = await guarded.streaming(wait_for_ever, method)
             with pytest.raises(AbortedError, match=f"{role} '{name}' may not call") as refused:
-                await opened(messages(), guarded.context(name, role))
+                await asyncio.wait_for(opened(messages(), guarded.context(name, role)), PATIENCE_S)
             assert refused.value.code is grpc.StatusCode.PERMISSION_DENIED
 
     play(scenario)
