@@ -13,11 +13,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from integration.authority import make_authority, security_of, token_of
 from paceline_server.config_security import SecurityConfig
-from paceline_server.security.certificates import certificate_id, identity_of
+from paceline_server.security.certificates import certificate_id
 from paceline_server.security.credentials import Credentials
 from paceline_server.security.identity import Identity, Role, roles_for
 from paceline_server.security.revocations import is_revoked, read_revoked
-from paceline_server.security.tokens import read_public_keys, verify
 from paceline_wire.errors import ConfigurationError, PermissionDeniedError, UnauthenticatedError
 from paceline_wire.v1 import admin_pb2
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -159,18 +158,19 @@ class TestBothTogether:
         assert asking.credentials.identify(bearer(token), pem).name == "a"
 
     def test_the_first_end_counts(self, asking: Asking, by_token: Path, by_certificate: Path) -> None:
-        """Both last 90 days here; at the end of the first one calls are refused, and what runs has expired."""
-        token, certificate = bearer(token_of(by_token, "a")), certificate_of(by_certificate, "a")
+        """The token lasts an hour and the certificate 90 days: after the hour calls are refused, and what runs ends."""
+        key = load_pem_private_key((by_token / "authority" / "token.key").read_bytes(), password=None)
+        token, certificate = bearer(signed(CLAIMS, key)), certificate_of(by_certificate, "a")
         found = asking.credentials.identify(token, certificate)
-        keys = read_public_keys(by_token / "server" / "token.pub")
-        ends = [verify(token_of(by_token, "a"), keys), identity_of(certificate)]
-        assert found.expires_s == min(each.expires_s for each in ends if each.expires_s is not None)
+        assert found.expires_s == CLAIMS["exp"]
         assert not asking.credentials.has_expired(found)
         assert not asking.credentials.has_expired(replace(found, expires_s=None))
-        assert found.expires_s is not None
-        asking.now_s = found.expires_s
+        asking.now_s = CLAIMS["exp"]
         assert asking.credentials.has_expired(found)
         with pytest.raises(UnauthenticatedError, match="the credential of worker 'a' has expired"):
+            asking.credentials.identify(token, certificate)
+        asking.now_s = NOW_S + 91 * 86400
+        with pytest.raises(UnauthenticatedError, match="has expired"):
             asking.credentials.identify(token, certificate)
 
 
