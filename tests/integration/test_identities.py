@@ -374,10 +374,13 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
     """Not in the messages of a server that refuses, not in the list of processes, not in errors or the status."""
     folder = tmp_path / "certs"
     make_authority(folder, *IDENTITIES)
-    plain = "correct-horse-battery"
+    plain, given = "correct-horse-battery", "staple-by-variable"
     (folder / "server" / "tokens").write_text(f"{plain}\n")
-    secrets = [plain, token_of(folder, "a"), token_of(folder, "a").rpartition(".")[2]]
+    keys = [(folder / "server" / "server.key").read_text(), (folder / "authority" / "token.key").read_text()]
+    secrets = [plain, given, token_of(folder, "a"), token_of(folder, "a").rpartition(".")[2]]
+    secrets += [line for key in keys for line in key.splitlines() if not line.startswith("-----")]
     environment = {**os.environ, "PACELINE_SECURITY__TOKEN_FILE": str(folder / "server" / "tokens")}
+    environment |= {"PACELINE_SECURITY__TOKENS": given}
     environment |= {f"PACELINE_SECURITY__{name.upper()}": value for name, value in security_of(folder).items()}
     command = [sys.executable, "-m", "paceline", "-vv", "serve", "--json", "--shards", "2", "--listen", "127.0.0.1:0"]
     log = tmp_path / "stderr"
@@ -388,11 +391,12 @@ def test_secrets_are_shown_nowhere(tmp_path: Path) -> None:
         announced = process.stdout.readline()
         address = json.loads(announced)["address"].replace("127.0.0.1", "localhost")
         seen = [announced]
-        for token in (secrets[1], secrets[1] + "x"):
-            status = [sys.executable, "-m", "paceline", "-vv", "status", address]
+        for token, answers in ((given, True), (token_of(folder, "a"), True), (token_of(folder, "a") + "x", False)):
+            status = [sys.executable, "-m", "paceline", "-vv", "status", address, "--json"]
             status += ["--tls-ca", str(folder / "server" / "ca.pem")]
             client = {**os.environ, "PACELINE_TOKEN": token}
             done = subprocess.run(status, capture_output=True, text=True, env=client, check=False)
+            assert (done.returncode == 0) is answers, done.stderr
             seen += [done.stdout, done.stderr]
         lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
         seen += [line.decode(errors="replace") for line in lines]

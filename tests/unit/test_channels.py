@@ -34,3 +34,10 @@ def test_what_cannot_be_a_token_is_said_at_once(token: str, tmp_path: Path, monk
         Access.of(None, None)
     file.write_text(" secret\n")
     assert Access.of(None, None).metadata == (("authorization", "Bearer secret"),)
+
+
+def test_a_token_is_not_in_what_is_printed() -> None:
+    """Whoever logs what a worker connects with, or a traceback that has it, shows no token."""
+    access = Access(token="correct-horse")
+    assert "correct-horse" in str(access.metadata)
+    assert "correct-horse" not in repr(access)

@@ -19,6 +19,9 @@ from paceline_server.security.identity import NAME, Identity, Role
 from paceline_wire.errors import ConfigurationError, UnauthenticatedError
 
 _SCHEME = "paceline"
+_PEM_BEGIN = b"-----BEGIN CERTIFICATE-----"
+_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+"""What cryptography raises for keys and certificates that are none, or of a kind that it does not know."""
 
 
 def identity_uri(name: str, role: Role) -> str:
@@ -31,15 +34,15 @@ def identity_of(pem: bytes) -> Identity:
     """Whom a client's certificate stands for; TLS has verified it.
 
     Raises:
-        UnauthenticatedError: It names nobody.
+        UnauthenticatedError: It names nobody, or cannot be read.
     """
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         uris = _uris(certificate)
-    except ValueError as error:
-        raise UnauthenticatedError(f"the client certificate cannot be read: {error}") from None
-    # One that says who it is in a way that this version does not know is nobody, not a worker of its common name.
-    found = _named_by_uri(uris) if uris else _named_by_common_name(certificate)
+        # One that says who it is in a way that this version does not know is nobody, not a worker of its common name.
+        found = _named_by_uri(uris) if uris else _named_by_common_name(certificate)
+    except (*_UNREADABLE, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise UnauthenticatedError("the client certificate cannot be read; get another one (paceline certs)") from None
     if found is None:
         raise UnauthenticatedError(
             "the client certificate names nobody: it needs an alternative name paceline:ROLE:NAME (paceline certs), or "
@@ -95,12 +98,18 @@ def read_server_certificate(security: SecurityConfig) -> grpc.ServerCertificateC
         _certificates("client_ca", security.client_ca, authorities)
     try:
         own = load_pem_private_key(key, password=None).public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         raise ConfigurationError(
             f"security.tls_key = '{security.tls_key}' holds no private key in PEM without a password."
         ) from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if own.public_bytes(*form) != certificate.public_key().public_bytes(*form):
+    try:
+        certified = certificate.public_key().public_bytes(*form)
+    except _UNREADABLE:
+        raise ConfigurationError(
+            f"security.tls_cert = '{security.tls_cert}' holds a certificate of a key that cannot be used."
+        ) from None
+    if own.public_bytes(*form) != certified:
         raise ConfigurationError(
             f"security.tls_key = '{security.tls_key}' is not the key of the certificate in "
             f"security.tls_cert = '{security.tls_cert}'."
@@ -117,6 +126,9 @@ def _read(name: str, path: Path) -> bytes:
 
 def _certificates(name: str, path: Path, content: bytes) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(content)
+        found = x509.load_pem_x509_certificates(content)
     except ValueError:
         raise ConfigurationError(f"security.{name} = '{path}' holds no certificates in PEM.") from None
+    if content.count(_PEM_BEGIN) > len(found):
+        raise ConfigurationError(f"security.{name} = '{path}' ends within a certificate.")
+    return found

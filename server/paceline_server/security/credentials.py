@@ -19,7 +19,7 @@ from paceline_server.security.identity import ANYBODY, Identity, Role
 from paceline_server.security.revocations import is_revoked, read_revoked
 from paceline_server.security.tokens import read_public_keys, verify
 from paceline_server.security.watched import WatchedFiles
-from paceline_wire.errors import UnauthenticatedError
+from paceline_wire.errors import ConfigurationError, UnauthenticatedError
 
 _BEARER = "Bearer "
 
@@ -41,7 +41,8 @@ class Credentials:
         self._certificate = _watched([security.tls_cert, security.tls_key, security.client_ca], self._read_certificate)
         self._tokens = _watched([security.token_file], security.accepted_tokens)
         self._keys: WatchedFiles[tuple[Ed25519PublicKey, ...]] = _watched([security.token_key], self._read_keys)
-        self._revoked = _watched([security.revoked], self._read_revoked)
+        self._has_revoked = False
+        self._revoked: WatchedFiles[frozenset[str]] = _watched([security.revoked], self._read_revoked)
         self._shown = self._certificate.content
 
     def for_port(self) -> grpc.ServerCredentials | None:
@@ -119,7 +120,18 @@ class Credentials:
         return read_public_keys(self._security.token_key) if self._security.token_key is not None else ()
 
     def _read_revoked(self) -> frozenset[str]:
-        return read_revoked(self._security.revoked) if self._security.revoked is not None else frozenset()
+        path = self._security.revoked
+        if path is None:
+            return frozenset()
+        revoked = read_revoked(path)
+        if self._has_revoked and not revoked and not path.stat().st_size:
+            # As a copy that has just begun, or met a full disk, leaves it.
+            raise ConfigurationError(
+                f"security.revoked = '{path}' has become empty, which would let in all that were revoked; if it is "
+                "meant so, write a line that begins with #."
+            )
+        self._has_revoked = bool(revoked)
+        return revoked
 
 
 def _watched(paths: list[Path | None], read: Callable[[], Any]) -> WatchedFiles[Any]:

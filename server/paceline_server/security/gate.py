@@ -97,19 +97,12 @@ class Gate(grpc.aio.ServerInterceptor):
             (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
             (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
         }[kind]
-        behaviour: Any = inner
+        behaviour: Any = _writing(inner) if inspect.isasyncgenfunction(inner) else inner
 
-        async def answered(request: Any, context: Context) -> Any:
+        async def served(request: Any, context: Context) -> Any:
             return await self._serve(method, kind, behaviour, request, context)
 
-        async def generated(request: Any, context: Context) -> AsyncIterator[Any]:
-            # Reflection is written as a generator, which cannot be awaited.
-            caller, running = await self._let_in(method, context)
-            async with self._streaming(caller, running, context):
-                async for answer in behaviour(request, context):
-                    yield answer
-
-        gated: Any = generated if inspect.isasyncgenfunction(inner) else answered
+        gated: Any = served
         deserializer = handler.request_deserializer
         if not handler.request_streaming and deserializer is not None:
             deserializer = _bounded(deserializer, MAX_REQUEST_BYTES)
@@ -156,7 +149,7 @@ class Gate(grpc.aio.ServerInterceptor):
             identity = self._credentials.identify(authorization, certificate)
             allowance = self._allowances.of(identity.name)
             if allowance is not None and await allowance.call():
-                # Nobody looked meanwhile whether its credential still counts.
+                # Its credential may have been revoked meanwhile, and only what runs is looked at again.
                 identity = self._credentials.identify(authorization, certificate)
             identity.refuse_method(method)
         except LimitExceededError as error:
@@ -188,6 +181,16 @@ class Gate(grpc.aio.ServerInterceptor):
         except PacelineError as error:
             return error
         return None
+
+
+def _writing(generate: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[[Any, Context], Awaitable[None]]:
+    """A method that is a generator, as reflection is, made one that writes: only that can be ended at any time."""
+
+    async def write(request: Any, context: Context) -> None:
+        async for answer in generate(request, context):
+            await context.write(answer)
+
+    return write
 
 
 class _Unusable:

@@ -90,7 +90,7 @@ class Allowance:
         return self._limits.mbit or None
 
     async def call(self) -> bool:
-        """Wait for a call's turn; whether there was anything to wait for.
+        """Wait for a call's turn; returns whether it had to wait.
 
         Raises:
             LimitExceededError: Too many wait already.

@@ -21,7 +21,7 @@ LONGEST_TOKEN = 4096
 """Characters of a token that are looked at; honest ones have about 250."""
 
 _CLAIMS = ("sub", "role", "jti", "iat", "exp")
-_PEM_END = b"-----END PUBLIC KEY-----"
+_PEM_BEGIN, _PEM_END = b"-----BEGIN", b"-----END PUBLIC KEY-----"
 
 
 def sign(key: Ed25519PrivateKey, *, name: str, role: Role, token_id: str, issued_s: float, expires_s: float) -> str:
@@ -87,10 +87,14 @@ def read_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
         ConfigurationError: The file cannot be read, or holds something else.
     """
     try:
-        blocks = [block + _PEM_END for block in path.read_bytes().split(_PEM_END)[:-1]]
-        keys = tuple(load_pem_public_key(block.lstrip()) for block in blocks)
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        *blocks, rest = path.read_bytes().split(_PEM_END)
+        keys = tuple(load_pem_public_key(block.lstrip() + _PEM_END) for block in blocks)
+    except OSError as error:
+        raise ConfigurationError(f"security.token_key = '{path}' cannot be read: {error.strerror}.") from None
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigurationError(f"security.token_key = '{path}' cannot be used: {error}.") from None
+    if keys and _PEM_BEGIN in rest:
+        raise ConfigurationError(f"security.token_key = '{path}' ends within a key.")
     if not keys or not all(isinstance(key, Ed25519PublicKey) for key in keys):
         raise ConfigurationError(f"security.token_key = '{path}' holds no Ed25519 public key in PEM (token.pub).")
     return tuple(key for key in keys if isinstance(key, Ed25519PublicKey))

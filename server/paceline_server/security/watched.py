@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from paceline_wire.errors import ConfigurationError
+
 _log = logging.getLogger(__name__)
 _Content = TypeVar("_Content")
-_Stamp = tuple[tuple[int, int, int] | None, ...]
+_Stamp = tuple[tuple[int, ...] | None, ...]
 
 
 class WatchedFiles(Generic[_Content]):
@@ -28,26 +30,28 @@ class WatchedFiles(Generic[_Content]):
         self._paths = paths
         self._read = read
         self._stamp = self._now()
-        self._unusable: _Stamp | None = None
+        self._problem: str | None = None
         self.content = read()
 
     def look(self) -> bool:
         """Read them again if they have changed; returns whether there is something new. Blocks on the disk.
 
-        What cannot be used is tried again at every look: it may be in the midst of being written, or lack a permission,
-        which no stamp shows.
+        What cannot be used is tried again at each look: the fault may be none of the file's. It is told once.
         """
         stamp = self._now()
-        if stamp == self._stamp:
+        has_changed = stamp != self._stamp
+        if not has_changed and self._problem is None:
             return False
+        self._stamp = stamp
         try:
             self.content = self._read()
-        except Exception as error:  # noqa: BLE001  # libraries raise their own, and the other files are read all the same
-            if stamp != self._unusable:
-                _log.error("a file has changed and cannot be used, so what it said before stays: %s", error)
-            self._unusable = stamp
+        except Exception as error:  # noqa: BLE001  # whatever a broken file makes of a parser, the others are looked at
+            problem = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
+            if has_changed or problem != self._problem:
+                _log.error("a file has changed and cannot be used, so what it said before stays: %s", problem)
+            self._problem = problem
             return False
-        self._stamp, self._unusable = stamp, None
+        self._problem = None
         _log.info("read again: %s", ", ".join(map(str, self._paths)))
         return True
 
@@ -55,10 +59,10 @@ class WatchedFiles(Generic[_Content]):
         return tuple(map(_stamp, self._paths))
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written or replaced, links followed; None: it is not there."""
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced or its mode is set, links followed; None: it is not there."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
