@@ -97,7 +97,7 @@ class TestPushes:
         for push in (*taken, *taken):
             held.push(0, 5, push, quota=1)
         for _ in range(2):
-            with pytest.raises(LimitExceededError, match=r"has sent 3 pushes of fragment 0 to bin 5 .*pushes_per_bin = 3"):
+            with pytest.raises(LimitExceededError, match=r"3 pushes of fragment 0 to bin 5 .*pushes_per_bin = 3"):
                 held.push(0, 5, ("a", 1, 2), quota=1)
         for push in taken:
             held.push(0, 5, push, quota=1)
