@@ -76,6 +76,11 @@ SERIES: dict[str, tuple[str, list[Point]]] = {
 }
 """For each series, the field of a point that grows, and its points."""
 
+WARM_UP_ROUNDS = 4
+LEAST_ROUNDS = 5
+BUFFER_MIB = 1024
+"""What the server may set aside for payloads: as much as its log asks for at 64 workers."""
+
 QUICK_LIMITS = {"parameters": 20 * MILLION, "workers": 16, "fragments": 256}
 
 
@@ -91,10 +96,15 @@ def server(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 async def measure(point: Point, uplink: str, downlink: str, seconds: float) -> dict[str, Any]:
-    """Exchange again and again for some seconds, at least three rounds, all workers at once."""
+    """Exchange again and again for some seconds, all workers at once."""
     config = {
         "schedule": {"quota": 1},
-        "exchange": {"uplink": uplink, "downlink": downlink, "fragment_elements": point.fragment_elements},
+        "exchange": {
+            "uplink": uplink,
+            "downlink": downlink,
+            "fragment_elements": point.fragment_elements,
+            "buffer_mib": BUFFER_MIB,
+        },
     }
     sizes = [FRAGMENT] * (point.parameters // FRAGMENT)
     if point.parameters % FRAGMENT:
@@ -118,10 +128,10 @@ async def measure(point: Point, uplink: str, downlink: str, seconds: float) -> d
                 await asyncio.gather(*(exchange(number) for number in range(point.workers)))
                 return time.perf_counter() - began_s
 
-            await one_round()
-            warm_s = await one_round()
+            # The first rounds pay for fresh memory, large models' longer than a second one's.
+            warm_s = [await one_round() for _ in range(WARM_UP_ROUNDS)][-1]
             before_s = time.process_time(), cpu_s(pid)
-            walls_s = [await one_round() for _ in range(max(3, min(50, round(seconds / warm_s))))]
+            walls_s = [await one_round() for _ in range(max(LEAST_ROUNDS, min(50, round(seconds / warm_s))))]
             after_s = time.process_time(), cpu_s(pid)
             resident_mib = peak_resident_mib(pid)
     return {
