@@ -111,9 +111,9 @@ class RawWorker:
         """The first message of an upload."""
         return pb.InitializeStart(protocol_version=version, manifest=manifest, initialization_id=7)
 
-    def exchange(self, *, opened: bool = True) -> "RawStream":
-        """An exchange stream; opened: its first message is sent already."""
-        stream = RawStream(self)
+    def exchange(self, *, opened: bool = True, longest_s: float = PATIENCE_S) -> "RawStream":
+        """An exchange stream that ends by itself after so many seconds; opened: its first message is sent already."""
+        stream = RawStream(self, longest_s)
         if opened:
             stream.open()
         return stream
@@ -128,11 +128,11 @@ def initialize_fragment(fragment: int, values: torch.Tensor) -> pb.InitializeReq
 class RawStream:
     """One exchange stream, driven message by message; a context manager that ends it."""
 
-    def __init__(self, worker: RawWorker) -> None:
+    def __init__(self, worker: RawWorker, longest_s: float = PATIENCE_S) -> None:
         self._worker = worker.worker
         self._requests: queue.SimpleQueue[pb.ExchangeRequest | None] = queue.SimpleQueue()
         requests: Iterator[pb.ExchangeRequest] = iter(self._requests.get, None)
-        self._call = worker.stub.Exchange(requests, timeout=PATIENCE_S, metadata=worker.metadata)
+        self._call = worker.stub.Exchange(requests, timeout=longest_s, metadata=worker.metadata)
 
     def __enter__(self) -> Self:
         return self

@@ -44,6 +44,9 @@ from paceline_wire.errors import ERROR_METADATA_KEY
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 CALL_S = 4.0
+LONGEST_S = 3600.0
+"""As long as all inputs may take; a server that hangs is found by calls of their own."""
+
 HONEST_EVERY = 50
 """Inputs between two pushes of the honest worker."""
 
@@ -100,7 +103,7 @@ class _Server:
         values = {index: torch.linspace(-1, 1, size) for index, size in enumerate(SIZES)}
         self._honest.initialize(MANIFEST, values)
         self._honest.join()
-        self._stream = self._honest.exchange()
+        self._stream = self._honest.exchange(longest_s=LONGEST_S)
         self._seq = 0
         self.sent: dict[int, int] = {}
         self._bytes = self._files = 0
