@@ -40,7 +40,8 @@ def finished(process: "subprocess.Popen[str]") -> str:
 
 
 def started_shards(composition: Composition) -> "dict[str, subprocess.Popen[str]]":
-    """Start both shards, and wait until their health checks say so."""
+    """Start both shards once there are credentials, and wait until their health checks say so."""
+    finished(composition.start("certs"))
     shards = {name: composition.start(name) for name in SHARDS}
     wait_until(lambda: all(composition.is_healthy(name) for name in SHARDS))
     return shards
@@ -117,6 +118,7 @@ def test_the_run_trains_drains_and_goes_on(composition: Composition) -> None:
 
 def test_services_are_confined(composition: Composition) -> None:
     """A shard writes to its volume and to /tmp and nowhere else, and reads nothing of the authority or of root's."""
+    finished(composition.start("certs"))
     tries = {
         "touch /var/lib/paceline/file && touch /tmp/file": True,
         "touch /opt/paceline/file": False,
