@@ -2,8 +2,12 @@
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+BOUND_S = 10.0
+"""Seconds of real time that a scenario may take, so that what never happens fails a test instead of hanging it."""
 
 
 class _Jumping(selectors.DefaultSelector):
@@ -12,12 +16,16 @@ class _Jumping(selectors.DefaultSelector):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 1000.0
+        self._deadline_s = time.monotonic() + BOUND_S
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            return super().select(None)
-        ready = super().select(0)
-        if not ready:
+        left_s = self._deadline_s - time.monotonic()
+        # Without a timeout another thread is waited for.
+        ready = super().select(0 if timeout is not None else max(0.0, left_s))
+        if left_s < 0 or (timeout is None and not ready):
+            self._deadline_s += BOUND_S  # for the end of what is still running
+            raise TimeoutError("what was waited for did not happen")
+        if not ready and timeout is not None:
             self.now_s += max(0.0, timeout)
         return ready
 
