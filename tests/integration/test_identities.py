@@ -356,6 +356,17 @@ class TestCommand:
             assert sentence in str(done.exception), arguments
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
+    def test_a_file_that_nobody_knows_of_stays(self, tmp_path: Path) -> None:
+        """Also where the authority has no note of it, as when its notes are older than its folders."""
+        folder = tmp_path / "certs"
+        make_authority(folder)
+        stray = folder / "workers" / "a" / "token"
+        stray.parent.mkdir(parents=True)
+        stray.write_text("another's")
+        done = CliRunner().invoke(certs, ["add", str(folder), "--worker", "a"])
+        assert "is there already, and is not overwritten" in str(done.exception)
+        assert stray.read_text() == "another's"
+
     def test_the_command_that_it_prints_works(self, tmp_path: Path) -> None:
         """What `make` says serves the run, with the folder as it was given."""
         done = CliRunner().invoke(certs, ["make", str(tmp_path / "c"), "--server", "localhost", "--worker", "a"])
