@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from paceline.place import Place
 from paceline_server.fragment import FragmentValues
 from paceline_server.ledger import (
     Answer,
@@ -23,11 +24,34 @@ from paceline_wire import codecs
 
 EXACT = codecs.codec("fp32")
 
-DEVICES = (
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-)
+ACCELERATOR = torch.device(torch.accelerator.current_accelerator() or "cuda").type
+"""The GPU that torch sees here; without one "cuda", for tests that `needs_gpu` skips."""
+
+needs_gpu = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
+
+DEVICES = ("cpu", pytest.param(ACCELERATOR, marks=needs_gpu))
 """Parameters of tests that hold on every device."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a model is, and whether the exchange works on its numbers on the host all the same."""
+
+    device: str
+    on_host: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where the exchange works on them."""
+        return Place(torch.device(self.device), on_host=self.on_host)
+
+
+PLACES = (
+    pytest.param(Where("cpu"), id="cpu"),
+    pytest.param(Where(ACCELERATOR), marks=needs_gpu, id="gpu"),
+    pytest.param(Where(ACCELERATOR, on_host=True), marks=needs_gpu, id="gpu-host"),
+)
+"""Parameters of tests that hold wherever a model is and the exchange works on it."""
 
 ASYNC, QUORUM, BARRIER = ScheduleKind.ASYNC, ScheduleKind.QUORUM, ScheduleKind.BARRIER
 

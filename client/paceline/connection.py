@@ -10,6 +10,7 @@ that carries nothing any more is replaced by a new one: a gRPC channel would wai
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import grpc
@@ -20,6 +21,7 @@ from paceline.dispatch import PushKey
 from paceline.exchange_streams import ExchangeStreams
 from paceline.membership import LostHeartbeatError, Membership
 from paceline.pacing import Pace
+from paceline.place import Place
 from paceline.pushes import OutgoingPush, Unanswered
 from paceline.silence import Silence
 from paceline.stripe import Stripe
@@ -72,6 +74,7 @@ class ShardConnection:
         self,
         manifest: Manifest,
         downlink: Codec,
+        places: Sequence[Place],
         *,
         momentum_follows: bool,
         num_fragments: int,
@@ -82,11 +85,12 @@ class ShardConnection:
         Args:
             manifest: What the run exchanges.
             downlink: How updates are to be written.
+            places: Where each fragment's updates are decoded, in the order of the plan.
             momentum_follows: Whether updates of parameters bring the server's momentum after the values.
             num_fragments: Fragments of the shard.
             connection_count: How many TCP connections there are to be; None: one.
         """
-        self._streams.begin(manifest, downlink, momentum_follows=momentum_follows)
+        self._streams.begin(manifest, downlink, places, momentum_follows=momentum_follows)
         self._rounds = WholeRounds(num_fragments)
         if connection_count is not None:
             if self._connection_count.round_trip_s is not None:

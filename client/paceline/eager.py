@@ -13,13 +13,13 @@ Source: Kale et al., Eager Updates For Overlapped Communication and Computation 
 Algorithm 2; the server form is derived in docs/algorithms.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from paceline.uplink import Uplink, UplinkState
+from paceline.uplink import Uplink, UplinkState, moved
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.feedback import Encoded
 
@@ -232,6 +232,14 @@ class FragmentMemory:
     uplink: UplinkState = field(default_factory=UplinkState)
     velocity: torch.Tensor | None = None
     expected: Mapping[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "FragmentMemory":
+        """The same, each tensor where move brings it."""
+        return FragmentMemory(
+            uplink=self.uplink.moved(move),
+            velocity=None if self.velocity is None else move(self.velocity),
+            expected=moved(self.expected, move),
+        )
 
 
 class WorkerFragment:

@@ -16,6 +16,7 @@ from paceline.dispatch import Dispatch, PushKey
 from paceline.held import Held, follow
 from paceline.membership import Membership
 from paceline.pacing import Pace
+from paceline.place import Place
 from paceline.pushes import Unanswered
 from paceline.stripe import Stripe
 from paceline.worker import ReceivedUpdate
@@ -64,6 +65,7 @@ class ExchangeStreams:
         self._jitter = random.Random(f"{membership.worker.worker_id}/{membership.target}")  # noqa: S311  # not for secrets
         self._downlink: Codec | None = None
         self._manifest: Manifest | None = None
+        self._places: Sequence[Place] = ()
         self._momentum_follows = False
         self._storage_problem: str | None = None
 
@@ -77,9 +79,10 @@ class ExchangeStreams:
         """Whether `begin` was called."""
         return self._manifest is not None
 
-    def begin(self, manifest: Manifest, downlink: Codec, *, momentum_follows: bool) -> None:
+    def begin(self, manifest: Manifest, downlink: Codec, places: Sequence[Place], *, momentum_follows: bool) -> None:
         """Take what streams need to be served, see `ShardConnection.begin_exchange`."""
-        self._manifest, self._downlink, self._momentum_follows = manifest, downlink, momentum_follows
+        self._manifest, self._downlink, self._places = manifest, downlink, places
+        self._momentum_follows = momentum_follows
 
     def look_for_work(self) -> None:
         """Let every stream look for a push to send."""
@@ -259,7 +262,8 @@ class ExchangeStreams:
         payload, sizes = assembly.payload(), self._sizes(fragment)
         # Nothing is held while it is followed: if that fails, the next stream names nothing.
         held = self._held.pop(fragment, None)
-        followed = await in_codec_thread(follow, announced, assembly.codec, payload, sizes, held)
+        place = self._places[fragment]
+        followed = await in_codec_thread(follow, announced, assembly.codec, payload, sizes, held, place)
         if followed.held is not None:
             self._held[fragment] = followed.held
         if unanswered is None or unanswered.update.done():

@@ -22,6 +22,8 @@ from paceline.fragments import manifest_of
 from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
 from paceline.loop import exchange_loop
+from paceline.place import Place
+from paceline.placement import ExchangeOn, places_of
 from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
 from paceline.whereabouts import Locate
@@ -68,6 +70,7 @@ class ExchangeSettings:
         uplink: Name of the codec of pushes.
         downlink: Name of the codec of updates.
         link: How it uses its link.
+        exchange_on: Where to encode and decode.
         locate: Says where the shards are now; None: they stay where they are.
     """
 
@@ -77,6 +80,7 @@ class ExchangeSettings:
     uplink: str | None
     downlink: str | None
     link: LinkSettings
+    exchange_on: ExchangeOn = ExchangeOn.AUTO
     locate: Locate | None = None
 
 
@@ -143,6 +147,7 @@ class Exchanger:
         self._locks = [asyncio.Lock() for _ in manifest.fragments]
         self._encodings: set[asyncio.Task[_Sent]] = set()
         self._in_flight: list[dict[int, OutgoingPush]] = [{} for _ in manifest.fragments]
+        places = places_of(manifest, tensors, self._settings.exchange_on)
         worker = Worker(
             settings,
             manifest,
@@ -150,8 +155,9 @@ class Exchanger:
             self._wait_for(session.fetch_all(codecs.whole_codec(self._downlink))),
             inner_steps=first.membership.inner_steps,
             num_workers=session.configuration.schedule.quota or first.membership.active_workers,
+            places=places,
         )
-        self._wait_for(self._begin_exchange(session))
+        self._wait_for(self._begin_exchange(session, places))
         return worker
 
     @property
@@ -233,8 +239,8 @@ class Exchanger:
         if self._session is not None:
             self._wait_for(self._session.close())
 
-    async def _begin_exchange(self, session: Session) -> None:
-        session.begin_exchange(self._downlink)
+    async def _begin_exchange(self, session: Session, places: Sequence[Place]) -> None:
+        session.begin_exchange(self._downlink, places)
 
     async def _round(self, ended: EndedRound) -> None:
         encodings = [self._begin_encoding(index, ended) for index in range(self.worker.num_fragments)]

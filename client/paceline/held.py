@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from paceline.place import HOST, Place
 from paceline_wire import codecs
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import UnavailableError
@@ -19,7 +20,7 @@ class Held:
     """What is held of a fragment.
 
     Attributes:
-        values: float32 [n]; never changed.
+        values: float32 [n] at the fragment's place; never changed.
         version: How the shard calls them.
     """
 
@@ -32,8 +33,8 @@ class Followed:
     """Where an update leads.
 
     Attributes:
-        values: The fragment's newest values, float32 [n].
-        behind: What the payload has behind them, float32 [m].
+        values: The fragment's newest values, float32 [n] at the place.
+        behind: What the payload has behind them, float32 [m] there.
         held: What is held from now on; None: nothing.
     """
 
@@ -43,22 +44,35 @@ class Followed:
 
 
 def follow(
-    announced: pb.Update, codec: Codec, payload: torch.Tensor, sizes: tuple[int, int], held: Held | None
+    announced: pb.Update,
+    codec: Codec,
+    payload: torch.Tensor,
+    sizes: tuple[int, int],
+    held: Held | None,
+    place: Place = HOST,
 ) -> Followed:
     """Decode an update, and add what is held if it is a difference.
 
     Args:
         announced: The update's announcement.
         codec: How its payload is written.
-        payload: Its bytes, uint8 [k].
+        payload: Its bytes, uint8 [k] on the host.
         sizes: Elements of values, and elements behind them.
         held: What is held of the fragment; None: nothing.
+        place: Where to decode it, and where what is held is.
 
     Raises:
         CodecError: The payload is no valid encoding, or leads to infinity.
         UnavailableError: It is a difference to something that is not held, or leads elsewhere than at the shard. The
             stream must end, and the next one must name nothing.
     """
+    with place.stream():
+        return _follow(announced, codec, place.from_host(payload), sizes, held, place)
+
+
+def _follow(
+    announced: pb.Update, codec: Codec, payload: torch.Tensor, sizes: tuple[int, int], held: Held | None, place: Place
+) -> Followed:
     num_values, num_behind = sizes
     if not announced.HasField("difference_to"):
         numbers = codecs.decode(codec, payload, num_values + num_behind)
@@ -70,7 +84,7 @@ def follow(
         )
     else:
         values, behind = codecs.followed(codec, payload, num_values + num_behind, held.values)
-    if announced.HasField("values_crc32") and zlib.crc32(values.numpy().data) != announced.values_crc32:
+    if announced.HasField("values_crc32") and zlib.crc32(place.to_host(values).numpy().data) != announced.values_crc32:
         raise UnavailableError(
             f"the differences of fragment {announced.fragment} have led to other values here than at the shard; "
             "this worker asks for whole ones"

@@ -1,55 +1,11 @@
-"""The live model as fragments: reading and changing parameters on their device without holding up the training thread.
-
-On CUDA, copies to and from the host go through pinned memory on a stream of their own, so that neither the kernels that
-train nor the thread that launches them wait for the bus.
-"""
+"""The live model as fragments: reading and changing parameters in place, without holding up the training thread."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
+from paceline.place import Handed, Place
 from paceline_wire.manifest import Fragment
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A fragment's values on their way to the host.
-
-    Attributes:
-        values: float32 [n] on the host; complete only after `wait`.
-        copied: The event after the copy; None if it is complete already.
-    """
-
-    values: torch.Tensor
-    copied: "torch.cuda.Event | None" = None
-
-    def wait(self) -> torch.Tensor:
-        """The values, once they have arrived. Called beside the training thread."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.values
-
-
-@dataclass(frozen=True, eq=False)
-class Staged:
-    """Values on their way to the device.
-
-    Attributes:
-        values: float32 [n] where the model is.
-        copied: The event that the training stream must wait for; None if there is nothing to wait for.
-    """
-
-    values: torch.Tensor
-    copied: "torch.cuda.Event | None" = None
-
-    def ready(self) -> torch.Tensor:
-        """The values, for use on the current stream. Called on the training thread; does not wait."""
-        if self.copied is not None:
-            stream = torch.cuda.current_stream(self.values.device)
-            stream.wait_event(self.copied)
-            self.values.record_stream(stream)
-        return self.values
 
 
 class _Piece:
@@ -82,12 +38,16 @@ class _Piece:
 class FragmentState:
     """One fragment of the live model.
 
+    Attributes:
+        place: Where the exchange works on it.
+
     Args:
         fragment: Its place in the plan.
         tensors: The model's tensors by name, detached.
+        place: See above; None: where the model is.
     """
 
-    def __init__(self, fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, fragment: Fragment, tensors: Mapping[str, torch.Tensor], place: Place | None = None) -> None:
         self.num_elements = fragment.num_elements
         self.is_full_precision = fragment.dtype == "float32"
         self._dtype: torch.dtype = getattr(torch, fragment.dtype)
@@ -95,40 +55,35 @@ class FragmentState:
             _Piece(tensors[segment.tensor], segment.tensor_start, segment.fragment_start, segment.length)
             for segment in fragment.segments
         ]
-        self._device = tensors[fragment.segments[0].tensor].device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]  # torch has no types here
+        self._device = device_of(fragment, tensors)
+        self.place = place or Place(self._device)
 
-    def read(self) -> Snapshot:
-        """The values as they are now. Called on the training thread, which does not wait for the copy."""
+    def read(self) -> Handed:
+        """The values as they are now, at the place. Called on the training thread, which does not wait for the copy."""
         flat = torch.empty(self.num_elements, device=self._device)
         for piece in self._pieces:
             piece.read(flat)
-        if self._stream is None:
-            return Snapshot(flat.cpu())
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            values = torch.empty(self.num_elements, pin_memory=True)
-            values.copy_(flat, non_blocking=True)
-            flat.record_stream(self._stream)
-            return Snapshot(values, self._stream.record_event())
+        return self.place.from_model(flat)
 
-    def stage(self, values: torch.Tensor) -> Staged:
-        """Send values (float32 [n] on the host) towards the device. Called beside the training thread."""
-        if self._stream is None:
-            return Staged(values.to(self._device))
-        with torch.cuda.stream(self._stream):
-            on_device = values.pin_memory().to(self._device, non_blocking=True)
-            return Staged(on_device, self._stream.record_event())
+    def write(self, values: torch.Tensor) -> Handed:
+        """Set the model to values (float32 [n] at the place or on the host). Called on the training thread.
 
-    def write(self, values: torch.Tensor) -> torch.Tensor:
-        """Set the model to values (float32 [n] on the host); returns what it holds then, rounded to its dtype."""
+        Returns:
+            What the model holds then, rounded to its dtype, at the place.
+        """
         flat = values.to(self._device)
         for piece in self._pieces:
             piece.write(flat)
-        return values if self.is_full_precision else values.to(self._dtype).float()
+        held = values.to(self.place.device)
+        return self.place.hand_over(held if self.is_full_precision else held.to(self._dtype).float())
 
-    def add(self, staged: Staged) -> None:
-        """Shift the model by staged values, rounded to its dtype. Called on the training thread."""
-        flat = staged.ready()
+    def add(self, shift: Handed) -> None:
+        """Shift the model by values that are where it is, rounded to its dtype. Called on the training thread."""
+        flat = shift.take()
         for piece in self._pieces:
             piece.add(flat)
+
+
+def device_of(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.device:
+    """Where a fragment of the model is: where its first tensor is."""
+    return tensors[fragment.segments[0].tensor].device

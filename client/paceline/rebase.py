@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.model_state import FragmentState, Snapshot, Staged
+from paceline.model_state import FragmentState
+from paceline.place import Handed
 
 
 @dataclass(frozen=True, eq=False)
 class _Proposal:
-    start: torch.Tensor
-    shift: Staged | None
+    start: Handed
+    shift: Handed | None
 
 
 class RoundStart:
@@ -26,47 +27,52 @@ class RoundStart:
 
     Args:
         state: The fragment of the live model.
-        start: The values that the model has now, float32 [n] on the host.
+        start: The values that the model has now, float32 [n] at the fragment's place.
     """
 
-    def __init__(self, state: FragmentState, start: torch.Tensor) -> None:
+    def __init__(self, state: FragmentState, start: Handed) -> None:
         self._state = state
         self._lock = threading.Lock()
-        self._start = Snapshot(start)
+        self._start = start
         self._moves = 0
         self._rounds = 0
         self._proposal: _Proposal | None = None
 
     @property
-    def current(self) -> Snapshot:
+    def current(self) -> Handed:
         """Where the current round started."""
         with self._lock:
             return self._start
 
     def restore(self, start: torch.Tensor, values: torch.Tensor) -> None:
-        """Set the model to values, in a round that began at start (float32 [n] each). Called on the training thread."""
+        """Set the model to values, in a round that began at start (float32 [n] each, on the host or at the place).
+
+        Called on the training thread.
+        """
+        place = self._state.place
         with self._lock:
             self._state.write(values)
-            self._start = Snapshot(start)
+            self._start = place.hand_over(place.from_host(start))
             self._moves += 1
             self._proposal = None
 
     def propose(self, start: torch.Tensor, *, replace: bool = False) -> None:
-        """Propose a new start (float32 [n] on the host). Called on the exchange thread.
+        """Propose a new start (float32 [n] at the place). Called on the exchange thread, within the place's stream.
 
         Args:
             start: The new start.
             replace: Set the model to the start instead of shifting it: for a model whose own values are unusable.
         """
+        place, proposed = self._state.place, self._state.place.hand_over(start)
         with self._lock:
             current, moves, rounds = self._start, self._moves, self._rounds
         while True:
-            shift = None if replace else self._state.stage(start - current.wait())
+            shift = None if replace else place.to_model(start - current.take())
             with self._lock:
                 if self._rounds != rounds:
                     return
                 if self._moves == moves:
-                    self._proposal = _Proposal(start, shift)
+                    self._proposal = _Proposal(proposed, shift)
                     return
                 current, moves = self._start, self._moves
 
@@ -86,19 +92,19 @@ class RoundStart:
                 return
             self._moves += 1
             if proposal.shift is None or untouched:
-                self._start = Snapshot(self._state.write(proposal.start))
+                self._start = self._state.write(proposal.start.take())
             elif self._state.is_full_precision:
                 self._state.add(proposal.shift)
-                self._start = Snapshot(proposal.start)
+                self._start = proposal.start
             else:
                 # A 16-bit model takes only part of a small shift. The start must move by just what the model moved,
                 # or the difference would be taken for the work of inner steps.
-                before = self._state.read().wait()
+                before = self._state.read().take()
                 self._state.add(proposal.shift)
-                moved = self._state.read().wait() - before
-                self._start = Snapshot(self._start.wait() + moved)
+                moved = self._state.read().take() - before
+                self._start = self._state.place.hand_over(self._start.take() + moved)
 
-    def end_round(self, end: Snapshot) -> Snapshot:
+    def end_round(self, end: Handed) -> Handed:
         """Begin the next round at the model's present values; returns the start of the round that ends."""
         with self._lock:
             start, self._start = self._start, end

@@ -17,6 +17,7 @@ from paceline.exchanger import Exchanger, ExchangeSettings
 from paceline.fragments import exchanged
 from paceline.link_settings import LinkSettings
 from paceline.local_momentum import LocalMomentum
+from paceline.placement import ExchangeOn
 from paceline.whereabouts import Locate
 from paceline.worker import Overlap, StepTime
 from paceline.worker_state import SavedWorker
@@ -267,6 +268,7 @@ def join(
     overlap: str = "eager",
     connections: int | str | None = None,
     max_uplink_mbit: float | None = None,
+    exchange_on: str = "auto",
     locate: Locate | None = None,
 ) -> Run:
     """Join a run with a model and the optimizer that trains it.
@@ -291,6 +293,9 @@ def join(
             work shows when its answer comes; "blocking": wait for every answer.
         connections: TCP connections to each shard, 1 to 8, or "auto": as many as pay; None: as the server says.
         max_uplink_mbit: Mbit/s that pushes may take, to all shards together; None: as the server says.
+        exchange_on: Where outer gradients are encoded and updates decoded, and what the exchange remembers is kept:
+            "device": where the model is, which on a GPU takes up to 36 bytes of its memory for every parameter;
+            "host"; "auto": on the GPU where that is at most an eighth of its memory.
         locate: Says where the run's shards are now, as "host:port" of each in order, for shards that move (see
             `paceline.whereabouts.Locate`); None: they stay at the addresses at which they were found.
 
@@ -313,6 +318,9 @@ def join(
     """
     if overlap not in [kind.value for kind in Overlap]:
         raise InvalidInputError(f"overlap {overlap!r} is not one of {', '.join(kind.value for kind in Overlap)}")
+    if exchange_on not in [kind.value for kind in ExchangeOn]:
+        known = ", ".join(kind.value for kind in ExchangeOn)
+        raise InvalidInputError(f"exchange_on {exchange_on!r} is not one of {known}")
     if inner_steps is not None and inner_steps < 1:
         raise InvalidInputError(f"inner_steps is {inner_steps}; it must be at least 1")
     settings = ExchangeSettings(
@@ -322,6 +330,7 @@ def join(
         uplink=uplink,
         downlink=downlink,
         link=LinkSettings(connections=connections, max_uplink_mbit=max_uplink_mbit),
+        exchange_on=ExchangeOn(exchange_on),
         locate=locate,
     )
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

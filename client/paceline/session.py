@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grpc
 import torch
@@ -18,6 +18,7 @@ from paceline.connection import ShardConnection
 from paceline.discovery import find_run
 from paceline.initialization import Initialization
 from paceline.link_settings import LinkSettings
+from paceline.place import HOST, Place
 from paceline.whereabouts import Locate, moves
 from paceline.worker_state import Progress
 from paceline_wire import bulk, codecs
@@ -129,8 +130,13 @@ class Session:
         progress = {fragment: found for answer in answers for fragment, found in answer.items()}
         return [progress[fragment.index] for fragment in self.require_manifest().fragments]
 
-    def begin_exchange(self, downlink: Codec) -> None:
-        """Open the exchange streams that are not open yet; updates are written as downlink says."""
+    def begin_exchange(self, downlink: Codec, places: Sequence[Place] | None = None) -> None:
+        """Open the exchange streams that are not open yet.
+
+        Args:
+            downlink: How updates are to be written.
+            places: Where each fragment's updates are decoded, in the order of the plan; None: on the host.
+        """
         exchange, manifest = self.configuration.exchange, self.require_manifest()
         for shard, connection in enumerate(self.connections):
             if not connection.exchanging:
@@ -138,6 +144,7 @@ class Session:
                 connection.begin_exchange(
                     manifest,
                     downlink,
+                    places or [HOST] * len(manifest.fragments),
                     momentum_follows=exchange.own_weight == "predicted",
                     num_fragments=num_fragments,
                     connection_count=self._link.connection_count(exchange, num_fragments),

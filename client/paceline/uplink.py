@@ -1,6 +1,6 @@
 """One fragment's pushes on their way up: sequence numbers, and error feedback over pushes that may still be refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,21 @@ class UplinkState:
     seq: int = 0
     residual: torch.Tensor | None = None
     residuals_in_flight: Mapping[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "UplinkState":
+        """The same, each tensor where move brings it."""
+        return UplinkState(
+            seq=self.seq,
+            residual=None if self.residual is None else move(self.residual),
+            residuals_in_flight=moved(self.residuals_in_flight, move),
+        )
+
+
+def moved(
+    tensors: Mapping[int, torch.Tensor | None], move: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[int, torch.Tensor | None]:
+    """Tensors by seq, each where move brings it."""
+    return {seq: None if tensor is None else move(tensor) for seq, tensor in tensors.items()}
 
 
 class Uplink:

@@ -15,7 +15,7 @@ next process makes a new one and lets it `restore` them, before anything else.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -30,7 +30,9 @@ from paceline.eager import (
     PreparedPush,
     WorkerFragment,
 )
-from paceline.model_state import FragmentState, Snapshot
+from paceline.model_state import FragmentState
+from paceline.place import Handed, Place
+from paceline.placement import places_of
 from paceline.rebase import RoundStart
 from paceline.uplink import UplinkState
 from paceline.worker_state import Progress, SavedFragment, SavedWorker
@@ -81,8 +83,8 @@ class ReceivedUpdate:
     """The server's answer to a push.
 
     Attributes:
-        values: The fragment's newest values, float32 [n].
-        server_momentum: The momentum that the server holds with them, float32 [n]; None if it was not sent.
+        values: The fragment's newest values, float32 [n] at its place.
+        server_momentum: The momentum that the server holds with them, float32 [n] there; None if it was not sent.
         bin: The bin that outer gradients computed from them belong to.
         bins_late: How late the push was when it was applied.
         refusal: Why it was not applied; None if it was.
@@ -115,9 +117,9 @@ class EndedFragment:
         local_momentum: The momentum of its inner steps; None where the run does not order it.
     """
 
-    start: Snapshot
-    end: Snapshot
-    local_momentum: Snapshot | None
+    start: Handed
+    end: Handed
+    local_momentum: Handed | None
 
 
 class EndedRound:
@@ -147,7 +149,8 @@ class Worker:
         settings: How it exchanges.
         manifest: What is exchanged.
         tensors: The live model's tensors by name, detached; set to the bases.
-        bases: Each fragment's values (float32 [n]; kept) and bin, as they were fetched.
+        bases: Each fragment's values (float32 [n] on the host; kept) and bin, as they were fetched.
+        places: Where the exchange works on each fragment; None: where the model is.
         inner_steps: Inner steps in a round, as the server said.
         num_workers: How many share the learning rate, as the server said.
 
@@ -164,6 +167,7 @@ class Worker:
         *,
         inner_steps: int,
         num_workers: int,
+        places: Sequence[Place] | None = None,
     ) -> None:
         self.inner_steps = inner_steps
         self.round = 0
@@ -173,20 +177,29 @@ class Worker:
         self._untouched = True
         self._tokens: int | None = None
         self._plan = manifest.fragments
-        self._states = [FragmentState(plan, tensors) for plan in self._plan]
+        self._places = places or places_of(manifest, tensors)
+        self._states = [
+            FragmentState(plan, tensors, place) for plan, place in zip(self._plan, self._places, strict=True)
+        ]
         self._fragments = [
             WorkerFragment(
-                base=values,
+                base=self._placed(index, values),
                 bin=base_bin,
                 codec=settings.uplink,
-                estimate=estimate_of(settings, plan),
+                estimate=estimate_of(settings, self._plan[index]),
                 error_feedback=settings.error_feedback,
             )
-            for plan, (values, base_bin) in zip(self._plan, bases, strict=True)
+            for index, (values, base_bin) in enumerate(bases)
         ]
         self._starts = [
             RoundStart(state, state.write(values)) for state, (values, _) in zip(self._states, bases, strict=True)
         ]
+
+    def _placed(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        """Values (float32 [n] on the host) where the exchange works on a fragment."""
+        place = self._places[index]
+        with place.stream():
+            return place.from_host(values)
 
     @property
     def num_fragments(self) -> int:
@@ -231,8 +244,10 @@ class Worker:
         ends = [state.read() for state in self._states]
         starts = [start.end_round(end) for start, end in zip(self._starts, ends, strict=True)]
         local_momenta = [
-            None if local_momentum is None or plan.role != "parameter" else FragmentState(plan, local_momentum).read()
-            for plan in self._plan
+            None
+            if local_momentum is None or plan.role != "parameter"
+            else FragmentState(plan, local_momentum, place).read()
+            for plan, place in zip(self._plan, self._places, strict=True)
         ]
         fragments = zip(starts, ends, local_momenta, strict=True)
         ended = EndedRound(
@@ -246,18 +261,23 @@ class Worker:
         return ended
 
     def prepare(self, index: int, ended: EndedRound) -> PreparedPush:
-        """Encode a fragment's outer gradient, once, and propose a start that includes what is expected of it."""
-        fragment, work = self._fragments[index], ended.take(index)
-        prepared = fragment.push(
-            work.start.wait(),
-            work.end.wait(),
-            self._num_workers,
-            None if work.local_momentum is None else work.local_momentum.wait(),
-        )
-        del work
-        if self._settings.overlap is not Overlap.BLOCKING:
-            self._starts[index].propose(fragment.new_start())
-        return prepared
+        """Encode a fragment's outer gradient, once, and propose a start that includes what is expected of it.
+
+        Returns:
+            The push, its payload on the host.
+        """
+        fragment, place, work = self._fragments[index], self._places[index], ended.take(index)
+        with place.stream():
+            prepared = fragment.push(
+                work.start.take(),
+                work.end.take(),
+                self._num_workers,
+                None if work.local_momentum is None else work.local_momentum.take(),
+            )
+            del work
+            if self._settings.overlap is not Overlap.BLOCKING:
+                self._starts[index].propose(fragment.new_start())
+            return replace(prepared, payload=place.to_host(prepared.payload))
 
     def take_in(self, index: int, seq: int, update: ReceivedUpdate) -> None:
         """Take the answer to a fragment's push, and propose the start that follows from it."""
@@ -268,27 +288,40 @@ class Worker:
         fragment.receive(seq, update.values, update.bin, applied=applied, momentum=update.server_momentum)
         # A blocked worker stands at the end of its round, and shifts nothing.
         is_blocked = self._settings.overlap is Overlap.BLOCKING and self._untouched
-        self._starts[index].propose(fragment.new_start(), replace=is_blocked or not applied)
+        with self._places[index].stream():
+            self._starts[index].propose(fragment.new_start(), replace=is_blocked or not applied)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota
 
     def adopt_canonical(self, bases: Sequence[tuple[torch.Tensor, int]]) -> None:
-        """Set the model to the run's values (float32 [n], each fragment's, with its bin); nothing may be in flight."""
-        for fragment, start, (values, newest_bin) in zip(self._fragments, self._starts, bases, strict=True):
-            fragment.rebase(values, newest_bin)
-            start.propose(values)
+        """Set the model to the run's values; nothing may be in flight. Called on the training thread.
+
+        Args:
+            bases: Each fragment's values (float32 [n] on the host; kept) and bin.
+        """
+        for index, (values, newest_bin) in enumerate(bases):
+            with self._places[index].stream():
+                placed = self._places[index].from_host(values)
+                self._fragments[index].rebase(placed, newest_bin)
+                self._starts[index].propose(placed, replace=True)
         self._untouched = True
         self.adopt()
 
     def positions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Where each fragment's round started and where the model is, float32 [n]. Called on the training thread."""
+        """Where each fragment's round started and where the model is, float32 [n] on the host.
+
+        Called on the training thread.
+        """
         values = [state.read() for state in self._states]
-        return [(start.current.wait(), snapshot.wait()) for start, snapshot in zip(self._starts, values, strict=True)]
+        return [
+            (start.current.take().cpu(), read.take().cpu()) for start, read in zip(self._starts, values, strict=True)
+        ]
 
     def memory(self, index: int) -> FragmentMemory:
-        """What is remembered of the pushes to a fragment; not while `prepare` or `take_in` works on it."""
-        return self._fragments[index].state
+        """What is remembered of the pushes to a fragment, on the host; not while `prepare` or `take_in` works on it."""
+        with self._places[index].stream():
+            return self._fragments[index].state.moved(self._places[index].to_host)
 
     def restore(
         self, saved: SavedWorker, bases: Sequence[tuple[torch.Tensor, int]], progress: Sequence[Progress]
@@ -300,7 +333,8 @@ class Worker:
 
         Args:
             saved: The state.
-            bases: Each fragment's newest values (float32 [n]; kept) and bin, fetched after the progress was told.
+            bases: Each fragment's newest values (float32 [n] on the host; kept) and bin, fetched after the progress was
+                told.
             progress: How far the shards got, fragment by fragment.
         """
         self.round, self.steps_in_round, self._tokens = saved.round, saved.steps_in_round, saved.tokens
@@ -308,11 +342,13 @@ class Worker:
         for index, (values, newest_bin) in enumerate(bases):
             fragment, start = self._fragments[index], self._starts[index]
             of, found = saved.fragments[index], progress[index]
-            fragment.rebase(values, newest_bin)
-            fragment.restore(_memory_of(of), found.seq)
+            place = self._places[index]
             start.restore(of.start, of.values)
-            if found.seq <= of.seq:
-                start.propose(fragment.new_start())
+            with place.stream():
+                fragment.rebase(place.from_host(values), newest_bin)
+                fragment.restore(_memory_of(of).moved(place.from_host), found.seq)
+                if found.seq <= of.seq:
+                    start.propose(fragment.new_start())
         self.adopt()
 
     def begin_anew(
@@ -322,7 +358,7 @@ class Worker:
 
         Args:
             round_number: What to call the round.
-            bases: Each fragment's newest values (float32 [n]; kept) and bin.
+            bases: Each fragment's newest values (float32 [n] on the host; kept) and bin.
             progress: How far the shards got, fragment by fragment.
         """
         self.round = round_number

@@ -32,6 +32,7 @@ from paceline_wire.codecs import (
 from paceline_wire.codecs.buffers import CHUNK_ELEMENTS
 from paceline_wire.errors import CodecError, InvalidInputError
 from paceline_wire.v1 import parameter_server_pb2 as pb
+from support_core import ACCELERATOR, needs_gpu
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -392,13 +393,13 @@ def test_the_input_is_not_changed(name: str) -> None:
     assert torch.equal(coded, payload)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@needs_gpu
 @each_codec
 @pytest.mark.parametrize("size", [257, CHUNK_ELEMENTS + 1])
 def test_gpu_has_the_same_bits(name: str, size: int) -> None:
     """A GPU writes the same payload as the processor and reads the same values from it."""
     values = normal(size)
-    payload = encode(codec(name), values.cuda())
+    payload = encode(codec(name), values.to(ACCELERATOR))
     assert torch.equal(encode(codec(name), values), payload.cpu())
     assert torch.equal(roundtrip(name, values), decode(codec(name), payload, size).cpu())
 

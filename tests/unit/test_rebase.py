@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 
 from paceline.eager import OwnOuterStep, WorkerFragment
 from paceline.fragments import manifest_of
-from paceline.model_state import FragmentState, Staged
+from paceline.model_state import FragmentState
+from paceline.place import Handed, Place
 from paceline.rebase import RoundStart
 from paceline_server.ledger import Schedule
 from paceline_wire import codecs
-from support_core import BARRIER, DEVICES, EXACT, PlayedFragment, assert_near, names, normal, only_answer
+from support_core import BARRIER, EXACT, PLACES, PlayedFragment, Where, assert_near, names, normal, only_answer
 
 SIZE = 24
 prop = settings(deadline=None, derandomize=True, max_examples=60)
-each_device = pytest.mark.parametrize("device", DEVICES)
+each_place = pytest.mark.parametrize("where", PLACES)
 each_layout = pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 half_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -30,18 +31,19 @@ class Live:
         initial: torch.Tensor,
         *,
         dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        where: Where = Where("cpu"),  # noqa: B008  # frozen
         layout: str = "contiguous",
-        state: Callable[..., FragmentState] = FragmentState,
+        place: Place | None = None,
     ) -> None:
         shape = (initial.numel() // 4, 4)
-        self.tensor = initial.to(device, dtype).reshape(shape)
+        self.tensor = initial.to(where.device, dtype).reshape(shape)
         if layout == "transposed":
             self.tensor = self.tensor.T.contiguous().T
         tensors = {"w": self.tensor}
         (fragment,) = manifest_of(tensors, averaged=(), fragment_elements=256).fragments
-        self.state = state(fragment, tensors)
-        self.start = RoundStart(self.state, self.values)
+        self.place = place or where.place
+        self.state = FragmentState(fragment, tensors, self.place)
+        self.start = RoundStart(self.state, self.place.hand_over(self.place.from_host(self.values)))
 
     @property
     def values(self) -> torch.Tensor:
@@ -55,14 +57,19 @@ class Live:
         return self.values - before
 
     def rebase(self, start: torch.Tensor, *, untouched: bool = False, replace: bool = False) -> None:
-        """Propose a start, and take it."""
-        self.start.propose(start, replace=replace)
+        """Propose a start (float32 [n] on the host), and take it."""
+        self.propose(start, replace=replace)
         self.start.adopt(untouched=untouched)
+
+    def propose(self, start: torch.Tensor, *, replace: bool = False) -> None:
+        """Propose a start (float32 [n] on the host), as the exchange does."""
+        with self.place.stream():
+            self.start.propose(self.place.from_host(start), replace=replace)
 
     def outer_gradient(self) -> torch.Tensor:
         """End the round; returns its outer gradient."""
         end = self.state.read()
-        return self.start.end_round(end).wait() - end.wait()
+        return (self.start.end_round(end).take() - end.take()).cpu()
 
 
 def fractions(seed: int) -> torch.Tensor:
@@ -73,15 +80,15 @@ def fractions(seed: int) -> torch.Tensor:
 # --- What a round's outer gradient is.
 
 
-@each_device
+@each_place
 @each_layout
 @prop
 @given(events=st.lists(st.booleans(), max_size=12), seed=st.integers(0, 99))
 def test_the_outer_gradient_is_the_work_of_the_inner_steps(
-    device: str, layout: str, events: list[bool], seed: int
+    where: Where, layout: str, events: list[bool], seed: int
 ) -> None:
     """However often the start moves within a round, start minus end is what the inner steps did, exactly."""
-    live = Live(fractions(seed), device=device, layout=layout)
+    live = Live(fractions(seed), where=where, layout=layout)
     work, start = torch.zeros(SIZE), fractions(seed)
     for number, is_step in enumerate(events, start=1):
         if is_step:
@@ -93,15 +100,15 @@ def test_the_outer_gradient_is_the_work_of_the_inner_steps(
     assert torch.equal(-work, live.outer_gradient())
 
 
-@each_device
+@each_place
 @half_precision
 @prop
 @given(events=st.lists(st.booleans(), max_size=12), seed=st.integers(0, 99))
 def test_what_a_16_bit_model_does_not_take_of_a_shift_is_not_work(
-    device: str, dtype: torch.dtype, events: list[bool], seed: int
+    where: Where, dtype: torch.dtype, events: list[bool], seed: int
 ) -> None:
     """Shifts of every size, most of them rounded away in part or whole, leave start minus end the inner steps' work."""
-    live = Live(100.0 + fractions(seed), dtype=dtype, device=device)
+    live = Live(100.0 + fractions(seed), dtype=dtype, where=where)
     work = torch.zeros(SIZE)
     for number, is_step in enumerate(events, start=1):
         if is_step:
@@ -121,13 +128,13 @@ def test_a_shift_that_is_rounded_away_moves_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(torch.full((SIZE,), -1.0), live.outer_gradient())
 
 
-@each_device
+@each_place
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_it_does_not_matter_when_in_the_round_the_answer_comes(device: str, num_steps: int) -> None:
+def test_it_does_not_matter_when_in_the_round_the_answer_comes(where: Where, num_steps: int) -> None:
     """For given inner steps, a round ends in the same place with the same outer gradient, early answer or late."""
     ends = []
     for arrival in range(num_steps + 1):
-        live = Live(fractions(0), device=device)
+        live = Live(fractions(0), where=where)
         for number in range(num_steps):
             if number == arrival:
                 live.rebase(fractions(50))
@@ -153,22 +160,22 @@ def test_a_new_round_starts_where_the_last_one_ended() -> None:
 # --- Exact starts.
 
 
-@each_device
+@each_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_untouched_model_becomes_the_start_exactly(device: str, dtype: torch.dtype) -> None:
+def test_an_untouched_model_becomes_the_start_exactly(where: Where, dtype: torch.dtype) -> None:
     """Before the first inner step the model is set, without the rounding of a shift, and the outer gradient is zero."""
-    live = Live(1e6 * normal(SIZE, 1) if dtype is torch.float32 else normal(SIZE, 1), dtype=dtype, device=device)
+    live = Live(1e6 * normal(SIZE, 1) if dtype is torch.float32 else normal(SIZE, 1), dtype=dtype, where=where)
     start = normal(SIZE, 2)
     live.rebase(start, untouched=True)
     assert torch.equal(start.to(dtype).float(), live.values)
     assert torch.equal(torch.zeros(SIZE), live.outer_gradient())
 
 
-@each_device
+@each_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_whose_values_are_unusable_is_replaced(device: str, dtype: torch.dtype) -> None:
+def test_a_model_whose_values_are_unusable_is_replaced(where: Where, dtype: torch.dtype) -> None:
     """After a refused push a model full of NaN is set to the start, where a shift would leave it NaN."""
-    live = Live(normal(SIZE, 1), dtype=dtype, device=device)
+    live = Live(normal(SIZE, 1), dtype=dtype, where=where)
     live.step(torch.full((SIZE,), float("nan")))
     live.rebase(normal(SIZE, 2), replace=True)
     assert torch.equal(normal(SIZE, 2).to(dtype).float(), live.values)
@@ -184,8 +191,8 @@ def test_the_newest_proposal_counts_once() -> None:
     work = live.step(fractions(1))
     live.start.adopt(untouched=False)
     assert torch.equal(fractions(0) + work, live.values)
-    live.start.propose(fractions(2))
-    live.start.propose(fractions(3))
+    live.propose(fractions(2))
+    live.propose(fractions(3))
     for _ in range(2):
         live.start.adopt(untouched=False)
         assert torch.equal(fractions(3) + work, live.values)
@@ -195,7 +202,7 @@ def test_the_newest_proposal_counts_once() -> None:
 def test_a_proposal_is_nothing_until_it_is_taken() -> None:
     """Proposing changes neither the model nor the start: the training thread alone does."""
     live = Live(fractions(0))
-    live.start.propose(fractions(1))
+    live.propose(fractions(1))
     assert torch.equal(fractions(0), live.values)
 
 
@@ -203,40 +210,39 @@ def test_a_proposal_that_was_not_taken_is_dropped_with_its_round() -> None:
     """A proposal against the start of a round that has ended does not move the next one."""
     live = Live(fractions(0))
     work = live.step(fractions(1))
-    live.start.propose(fractions(2))
+    live.propose(fractions(2))
     assert torch.equal(-work, live.outer_gradient())
     live.start.adopt(untouched=False)
     assert torch.equal(fractions(0) + work, live.values)
 
 
-class Interrupting(FragmentState):
-    """A fragment's state where, once, something happens on the training thread while a proposal is being computed."""
+class Interrupting(Place):
+    """A place where, once, something happens on the training thread while a proposal is being computed."""
 
-    during_stage: Callable[[], object] | None = None
+    meanwhile: Callable[[], object] | None = None
 
-    def stage(self, values: torch.Tensor) -> Staged:
-        """Stage values, after whatever happens meanwhile."""
-        during, self.during_stage = self.during_stage, None
-        if during is not None:
-            during()
-        return super().stage(values)
+    def to_model(self, values: torch.Tensor) -> Handed:
+        """Send values, after whatever happens meanwhile."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return super().to_model(values)
 
 
 def interrupted(initial: torch.Tensor) -> tuple[Live, Interrupting]:
     """A live model whose next proposal can be interrupted."""
-    live = Live(initial, state=Interrupting)
-    assert isinstance(live.state, Interrupting)
-    return live, live.state
+    place = Interrupting(torch.device("cpu"))
+    return Live(initial, place=place), place
 
 
 def test_a_proposal_against_a_start_that_moved_is_computed_again() -> None:
     """If the training thread takes an earlier proposal meanwhile, the shift is counted from the start it moved to."""
-    live, state = interrupted(fractions(0))
+    live, place = interrupted(fractions(0))
     work = live.step(fractions(1))
-    live.start.propose(fractions(2))
-    state.during_stage = lambda: live.start.adopt(untouched=False)
-    live.start.propose(fractions(3))
-    assert state.during_stage is None
+    live.propose(fractions(2))
+    place.meanwhile = lambda: live.start.adopt(untouched=False)
+    live.propose(fractions(3))
+    assert place.meanwhile is None
     assert torch.equal(fractions(2) + work, live.values)
     live.start.adopt(untouched=False)
     assert torch.equal(fractions(3) + work, live.values)
@@ -245,11 +251,11 @@ def test_a_proposal_against_a_start_that_moved_is_computed_again() -> None:
 
 def test_a_proposal_that_is_computed_while_its_round_ends_is_dropped() -> None:
     """It knows nothing of the round's own push, so it must not take the model back to before it."""
-    live, state = interrupted(fractions(0))
+    live, place = interrupted(fractions(0))
     work = live.step(fractions(1))
     ended: list[torch.Tensor] = []
-    state.during_stage = lambda: ended.append(live.outer_gradient())
-    live.start.propose(fractions(2))
+    place.meanwhile = lambda: ended.append(live.outer_gradient())
+    live.propose(fractions(2))
     assert torch.equal(-work, ended[0])
     live.start.adopt(untouched=False)
     assert torch.equal(fractions(0) + work, live.values)
@@ -261,15 +267,15 @@ def test_a_proposal_that_is_computed_while_its_round_ends_is_dropped() -> None:
 # --- Whole rounds.
 
 
-@each_device
+@each_place
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_with_answers_at_once_a_rebased_worker_is_blocking_diloco(device: str, nesterov: bool) -> None:
+def test_with_answers_at_once_a_rebased_worker_is_blocking_diloco(where: Where, nesterov: bool) -> None:
     """A live model rebased without delay starts every round from what torch's SGD makes of its outer gradients."""
     lr, beta = 0.7, 0.5
     server = PlayedFragment(
         Schedule(kind=BARRIER, look_ahead=nesterov), lr=lr, momentum=beta, workers=1, initial=normal(SIZE, 1)
     )
-    live = Live(normal(SIZE, 1), device=device)
+    live = Live(normal(SIZE, 1), where=where)
     estimate = OwnOuterStep(lr=lr, momentum=beta, look_ahead=nesterov, whole=False)
     worker = WorkerFragment(base=normal(SIZE, 1), bin=0, codec=EXACT, estimate=estimate)
     theta = torch.nn.Parameter(normal(SIZE, 1).double())
@@ -294,17 +300,17 @@ def test_with_answers_at_once_a_rebased_worker_is_blocking_diloco(device: str, n
         assert_near(theta.detach(), live.values, 1e-5)
 
 
-@each_device
+@each_place
 @pytest.mark.parametrize("arrival", [0, 1, 2, 3])
-def test_an_answer_in_the_middle_of_a_round_moves_the_round_to_it(device: str, arrival: int) -> None:
+def test_an_answer_in_the_middle_of_a_round_moves_the_round_to_it(where: Where, arrival: int) -> None:
     """After the answer, model and start are as if the round had begun with it; the outer gradient is the work."""
     server = PlayedFragment(Schedule(kind=BARRIER), lr=0.5, momentum=0.0, workers=1, initial=fractions(0))
-    live = Live(fractions(0), device=device)
+    live = Live(fractions(0), where=where)
     estimate = OwnOuterStep(lr=0.5, momentum=0.0, look_ahead=False, whole=False)
     worker = WorkerFragment(base=fractions(0), bin=0, codec=EXACT, estimate=estimate)
     live.step(fractions(1))
     push = worker.push(live.outer_gradient(), torch.zeros(SIZE), 1)
-    live.start.propose(worker.new_start())  # half of the step that the inner steps made
+    live.propose(worker.new_start())  # half of the step that the inner steps made
     answer = only_answer(
         server.push(names(1)[0], seq=push.seq, base_bin=push.base_bin, gradient=_decoded(push.payload))
     )
@@ -313,7 +319,7 @@ def test_an_answer_in_the_middle_of_a_round_moves_the_round_to_it(device: str, a
         work += live.step(fractions(10 + number))
         if number == arrival:
             worker.receive(answer.seq, server.w.clone(), answer.bin, applied=True)
-            live.start.propose(worker.new_start())
+            live.propose(worker.new_start())
         live.start.adopt(untouched=False)
     assert torch.equal(server.w + work, live.values)
     assert torch.equal(-work, live.outer_gradient())

@@ -47,8 +47,8 @@ import torch
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS
 from paceline_wire.codecs.buffers import (
-    CHUNK_ELEMENTS,
     byte_view,
+    chunk_elements,
     chunks,
     require_encodable,
     require_payload,
@@ -63,7 +63,7 @@ _SMALLEST_ABSMAX = 2.0**-119
 _SCALE_MASK = ~0x7F
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
-# Shapes: B blocks of E = BLOCK_ELEMENTS elements, or of C code bytes; a chunk has at most CHUNK_ELEMENTS / E blocks.
+# Shapes: B blocks of E = BLOCK_ELEMENTS elements, or of C code bytes; a chunk has at most chunk_elements / E blocks.
 
 
 class BlockwiseCodec(ABC):
@@ -87,10 +87,6 @@ class BlockwiseCodec(ABC):
     def _round(self, quotients: torch.Tensor) -> torch.Tensor:
         """Codes (int8 [B, E], or numbers that convert to it exactly) of y (float32 [B, E], may be overwritten)."""
 
-    def _integers(self, codes: torch.Tensor) -> torch.Tensor:
-        """The integers v (int8 [B, E]) that codes (int8 [B, E], sign-extended) stand for."""
-        return codes
-
     def encoded_bytes(self, num_elements: int) -> int:
         """Size in bytes of the encoding of that many elements."""
         return _num_blocks(num_elements) * (_SCALE_BYTES + self._code_bytes)
@@ -103,10 +99,10 @@ class BlockwiseCodec(ABC):
         """
         num_elements = values.numel()
         require_encodable(self.name, values, out, self.encoded_bytes(num_elements))
-        out_scales, out_codes = self._split(out, num_elements)  # uint8 [4 B], int8 [B, C]
-        scratch = values.new_empty(_num_blocks(min(num_elements, CHUNK_ELEMENTS)), BLOCK_ELEMENTS)
-        for first, last in chunks(num_elements):
-            blocks = _blocks(values[first:last])  # [B, E]
+        out_scales, out_codes = self.split(out, num_elements)  # uint8 [4 B], int8 [B, C]
+        scratch = values.new_empty(_num_blocks(min(num_elements, chunk_elements(values.device))), BLOCK_ELEMENTS)
+        for first, last in chunks(num_elements, values.device):
+            blocks = blocks_of(values[first:last])  # [B, E]
             at, end = first // BLOCK_ELEMENTS, first // BLOCK_ELEMENTS + blocks.shape[0]
             scales = self._encode_blocks(blocks, out_codes[at:end], scratch[: blocks.shape[0]])
             out_scales[at * _SCALE_BYTES : end * _SCALE_BYTES].copy_(byte_view(scales))
@@ -123,7 +119,7 @@ class BlockwiseCodec(ABC):
         require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
         if num_elements == 0:
             return
-        scales = typed_view(self._split(payload, num_elements)[0], torch.float32)
+        scales = typed_view(self.split(payload, num_elements)[0], torch.float32)
         # NaN passes through aminmax, and no comparison holds for it.
         lowest, highest = torch.stack(torch.aminmax(scales)).tolist()
         if not (lowest >= 0 and highest < math.inf):
@@ -139,8 +135,8 @@ class BlockwiseCodec(ABC):
         """
         require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
         require_range(self.name, num_elements, start, out)
-        scale_bytes, codes = self._split(payload, num_elements)  # uint8 [4 B], int8 [B, C]
-        for first, last in chunks(out.numel()):
+        scale_bytes, codes = self.split(payload, num_elements)  # uint8 [4 B], int8 [B, C]
+        for first, last in chunks(out.numel(), out.device):
             at, end = (start + first) // BLOCK_ELEMENTS, _num_blocks(start + last)
             scales = typed_view(scale_bytes[at * _SCALE_BYTES : end * _SCALE_BYTES], torch.float32)
             self._decode_blocks(scales, codes[at:end], out[first:last])
@@ -152,38 +148,55 @@ class BlockwiseCodec(ABC):
             CodecError: The payload's size does not fit num_elements.
         """
         require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
-        scale_bytes, codes = self._split(payload, num_elements)
+        scale_bytes, codes = self.split(payload, num_elements)
         sums = torch.empty(codes.shape[0], dtype=torch.float64, device=payload.device)
-        for first, last in chunks(num_elements):
+        for first, last in chunks(num_elements, payload.device):
             at, end = first // BLOCK_ELEMENTS, _num_blocks(last)
-            integers = self._integers(unpack_nibbles(codes[at:end]) if self._packed else codes[at:end]).to(torch.int32)
+            integers = self.integers(unpack_nibbles(codes[at:end]) if self.packed else codes[at:end]).to(torch.int32)
             integers.view(-1)[last - first :] = 0  # whatever a last block has behind the last element
             torch.sum(integers.square_(), dim=1, dtype=torch.float64, out=sums[at:end])
-        steps = (typed_view(scale_bytes, torch.float32) * self._step_of_scale).double()
-        return sums.mul_(steps.square_())
+        return sums.mul_(self.steps(typed_view(scale_bytes, torch.float32)).double().square_())
+
+    # --- The steps of which passes over whole fragments are made (`fused`).
 
     @property
-    def _code_bytes(self) -> int:
-        return BLOCK_ELEMENTS * self._code_bits // 8
-
-    @property
-    def _packed(self) -> bool:
+    def packed(self) -> bool:
+        """Whether a byte has two codes."""
         return self._code_bits == 4
 
-    def _split(self, payload: torch.Tensor, num_elements: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, payload: torch.Tensor, num_elements: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The scales' bytes (uint8 [4 B]) and the code bytes (int8 [B, C]) of a payload of the right size."""
         num_scale_bytes = _num_blocks(num_elements) * _SCALE_BYTES
         codes = payload[num_scale_bytes:].view(torch.int8).view(-1, self._code_bytes)
         return payload[:num_scale_bytes], codes
 
-    def _encode_blocks(self, blocks: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """Write the code bytes of blocks (float32 [B, E]) to out (int8 [B, C]); return their scales (float32 [B])."""
-        absmax = torch.abs(blocks, out=scratch).amax(dim=1)
+    def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scales, and 1 / step or 0 (float32 [B] each), of blocks from their largest magnitudes (float32 [B])."""
         zero = absmax < _SMALLEST_ABSMAX
         scales = self._scales(absmax).masked_fill_(zero, 0.0)
-        inverses = (scales * self._step_of_scale).reciprocal_().masked_fill_(zero, 0.0)
+        return scales, self.steps(scales).reciprocal_().masked_fill_(zero, 0.0)
+
+    def steps(self, scales: torch.Tensor) -> torch.Tensor:
+        """The steps (float32 [B], memory of their own) of blocks with these scales (float32 [B])."""
+        return scales * self._step_of_scale
+
+    def codes(self, quotients: torch.Tensor) -> torch.Tensor:
+        """Codes (int8 [B, E]) of y (float32 [B, E], may be overwritten)."""
+        return self._round(quotients).to(torch.int8)
+
+    def integers(self, codes: torch.Tensor) -> torch.Tensor:
+        """The integers v (int8 [B, E]) that codes (int8 [B, E], sign-extended) stand for."""
+        return codes
+
+    @property
+    def _code_bytes(self) -> int:
+        return BLOCK_ELEMENTS * self._code_bits // 8
+
+    def _encode_blocks(self, blocks: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """Write the code bytes of blocks (float32 [B, E]) to out (int8 [B, C]); return their scales (float32 [B])."""
+        scales, inverses = self.factors(torch.abs(blocks, out=scratch).amax(dim=1))
         codes = self._round(torch.mul(blocks, inverses[:, None], out=scratch))
-        if self._packed:
+        if self.packed:
             pack_nibbles(codes.to(torch.int8), out)
         else:
             out.copy_(codes)
@@ -191,8 +204,8 @@ class BlockwiseCodec(ABC):
 
     def _decode_blocks(self, scales: torch.Tensor, codes: torch.Tensor, out: torch.Tensor) -> None:
         """Decode blocks from scales (float32 [B]) and code bytes (int8 [B, C]) into out (float32 [at most B E])."""
-        integers = self._integers(unpack_nibbles(codes) if self._packed else codes)
-        steps = (scales * self._step_of_scale)[:, None]
+        integers = self.integers(unpack_nibbles(codes) if self.packed else codes)
+        steps = self.steps(scales)[:, None]
         if out.numel() == integers.numel():
             torch.mul(integers, steps, out=out.view(-1, BLOCK_ELEMENTS))
         else:
@@ -208,8 +221,8 @@ class BlockwiseCodec(ABC):
         )
 
     def _check_values(self, payload: torch.Tensor, num_elements: int) -> None:
-        scratch = torch.empty(min(num_elements, CHUNK_ELEMENTS), device=payload.device)
-        for first, last in chunks(num_elements):
+        scratch = torch.empty(min(num_elements, chunk_elements(payload.device)), device=payload.device)
+        for first, last in chunks(num_elements, payload.device):
             values = scratch[: last - first]
             self.decode_range(payload, num_elements, first, values)
             if not bool(values.isfinite().all()):
@@ -268,7 +281,8 @@ class Fp4Codec(BlockwiseCodec):
         magnitudes = torch.maximum(halves.bitwise_right_shift(1), halves.clamp_(max=1))
         return magnitudes.sub_(signs, alpha=8)
 
-    def _integers(self, codes: torch.Tensor) -> torch.Tensor:
+    def integers(self, codes: torch.Tensor) -> torch.Tensor:
+        """The powers of two, signed, and 0 (int8 [B, E]) that codes (int8 [B, E], sign-extended) stand for."""
         signs = codes.bitwise_right_shift(3)  # 0 or -1: codes are sign-extended
         powers = torch.bitwise_left_shift(1, codes.bitwise_and(7)).view(torch.uint8)  # up to 128
         magnitudes = powers.bitwise_right_shift_(1).view(torch.int8)
@@ -279,7 +293,7 @@ def _num_blocks(num_elements: int) -> int:
     return -(-num_elements // BLOCK_ELEMENTS)
 
 
-def _blocks(values: torch.Tensor) -> torch.Tensor:
+def blocks_of(values: torch.Tensor) -> torch.Tensor:
     """Values (float32 [n]) as blocks (float32 [B, E]): a view, or a copy padded with zeros if the last is not full."""
     missing = -values.numel() % BLOCK_ELEMENTS
     if missing:

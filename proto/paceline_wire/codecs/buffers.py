@@ -11,11 +11,21 @@ CHUNK_ELEMENTS = 256 * 1024
 """Elements worked on at once, a multiple of BLOCK_ELEMENTS: 1 MiB of float32 temporaries stays in the cache, and the
 Python glue is paid so seldom that it disappears (chunks of half this size take a fifth to a third longer)."""
 
+_GPU_CHUNK_ELEMENTS = 16 * 1024 * 1024
+"""The same on a GPU, where every operation on a chunk is a kernel to launch: a whole fragment, and temporaries of at
+most 64 MiB."""
 
-def chunks(num_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield the bounds (first, last) of consecutive chunks of at most CHUNK_ELEMENTS that cover num_elements."""
-    for first in range(0, num_elements, CHUNK_ELEMENTS):
-        yield first, min(first + CHUNK_ELEMENTS, num_elements)
+
+def chunk_elements(device: torch.device) -> int:
+    """How many elements to work on at once on a device, a multiple of BLOCK_ELEMENTS."""
+    return CHUNK_ELEMENTS if device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+
+
+def chunks(num_elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield the bounds (first, last) of consecutive chunks of at most chunk_elements that cover num_elements."""
+    most = chunk_elements(device)
+    for first in range(0, num_elements, most):
+        yield first, min(first + most, num_elements)
 
 
 def typed_view(payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

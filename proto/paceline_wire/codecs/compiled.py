@@ -1,9 +1,9 @@
 """The dense codecs with compiled loops: what a plain codec does, bit for bit, in one pass over memory.
 
-The plain codec stays what defines the bytes. It does what the loops do not: small tensors, those on a GPU, a last block
-that is not full, and everything as long as the kernels are not there. The methods beyond the codec interface do in one
-pass what their callers (`feedback`, `moves`, the server's fragments) would otherwise do in several; they return None
-where the caller must go its own, plain way.
+The plain codec stays what defines the bytes. It does what the loops do not: small tensors, a last block that is not
+full, and everything as long as the kernels are not there. The methods beyond the codec interface do in one pass what
+their callers (`feedback`, `moves`, the server's fragments) would otherwise do in several, on a GPU by `fused`; they
+return None where the caller must go its own, plain way.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paceline_wire.codecs import kernels
+from paceline_wire.codecs import fused, kernels
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
+from paceline_wire.codecs.blockwise import BlockwiseCodec
 from paceline_wire.codecs.buffers import byte_view, require_encodable, require_payload, require_range, typed_view
 from paceline_wire.codecs.kernels import Kernels
 from paceline_wire.codecs.whole import encode
@@ -136,6 +137,8 @@ class CompiledCodec:
         Returns:
             The payload, and what it lacks; None if it cannot.
         """
+        if values.device.type != "cpu" and isinstance(self.plain, BlockwiseCodec):
+            return Compensated(*fused.compensate(self.plain, values, minus, residual))
         compiled = self._kernels(values.numel(), values, *(each for each in (minus, residual) if each is not None))
         if compiled is None:
             return None
@@ -193,6 +196,8 @@ class CompiledCodec:
         Returns:
             Whether moved is finite; None if it cannot, and then nothing was written.
         """
+        if reference.device.type != "cpu" and isinstance(self.plain, BlockwiseCodec):
+            return fused.follow_move(self.plain, payload, reference, moved)
         compiled = self._kernels(reference.numel(), payload, reference, moved)
         if compiled is None:
             return None

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.buffers import CHUNK_ELEMENTS, chunks
+from paceline_wire.codecs.buffers import chunk_elements, chunks
 from paceline_wire.codecs.compiled import CompiledCodec
 from paceline_wire.codecs.whole import encode
 from paceline_wire.errors import CodecError, InvalidInputError
@@ -60,8 +60,9 @@ class Encoded:
         Yields:
             Where a piece is, and its numbers (float32 [k]): the caller's own until the next piece is asked for.
         """
-        scratch = torch.zeros(min(CHUNK_ELEMENTS, num_elements), device=self.payload.device)
-        for first, end in chunks(num_elements):
+        device = self.payload.device
+        scratch = torch.zeros(min(chunk_elements(device), num_elements), device=device)
+        for first, end in chunks(num_elements, device):
             piece = scratch[: end - first]
             if self.finite:
                 self.codec.decode_range(self.payload, self.num_elements, first, piece)

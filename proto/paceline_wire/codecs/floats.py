@@ -92,7 +92,7 @@ class Bf16Codec:
             InvalidInputError: values and out do not fit each other.
         """
         require_encodable(self.name, values, out, self.encoded_bytes(values.numel()))
-        for first, last in chunks(values.numel()):
+        for first, last in chunks(values.numel(), values.device):
             out[2 * first : 2 * last].copy_(byte_view(values[first:last].to(torch.bfloat16)))
 
     def check(self, payload: torch.Tensor, num_elements: int) -> None:
@@ -112,7 +112,7 @@ class Bf16Codec:
         """
         require_payload(self.name, payload, num_elements, self.encoded_bytes(num_elements))
         require_range(self.name, num_elements, start, out)
-        for first, last in chunks(out.numel()):
+        for first, last in chunks(out.numel(), out.device):
             coded = payload[2 * (start + first) : 2 * (start + last)]
             out[first:last].copy_(typed_view(coded, torch.bfloat16))
 
@@ -135,7 +135,7 @@ def _require_finite(name: str, payload: torch.Tensor, bits: torch.dtype, magnitu
         return
     peaks = [
         typed_view(payload[first * bits.itemsize : last * bits.itemsize], bits).bitwise_and(magnitude).amax()
-        for first, last in chunks(payload.numel() // bits.itemsize)
+        for first, last in chunks(payload.numel() // bits.itemsize, payload.device)
     ]
     # Compared once for all chunks: on a GPU every look at a number waits for the device.
     if int(torch.stack(peaks).amax()) >= infinity:

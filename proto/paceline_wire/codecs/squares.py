@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
-from paceline_wire.codecs.buffers import CHUNK_ELEMENTS, chunks
+from paceline_wire.codecs.buffers import chunk_elements, chunks
 
 _LANES = 16
 
@@ -49,9 +49,9 @@ def squares_of_decoded(codec: Codec, payload: torch.Tensor, num_elements: int) -
         CodecError: The payload's size is wrong.
     """
     sums = torch.empty(-(-num_elements // BLOCK_ELEMENTS), dtype=torch.float64, device=payload.device)
-    scratch = torch.empty(min(num_elements, CHUNK_ELEMENTS), device=payload.device)
+    scratch = torch.empty(min(num_elements, chunk_elements(payload.device)), device=payload.device)
     codec.decode_range(payload, num_elements, 0, scratch[:0])
-    for first, last in chunks(num_elements):
+    for first, last in chunks(num_elements, payload.device):
         values = scratch[: last - first]
         codec.decode_range(payload, num_elements, first, values)
         sums[first // BLOCK_ELEMENTS : -(-last // BLOCK_ELEMENTS)] = sums_of_squares(values)

@@ -79,7 +79,7 @@ _SMALLEST_MAGNITUDE = 2.0**-119
 _FLOAT32_MAGNITUDE = 0x7FFFFFFF
 _LEVEL_INFINITY = 0x7F80
 
-# Shapes: B blocks of which k elements each are kept, K = B k in all; a chunk has at most CHUNK_ELEMENTS / 4096 blocks.
+# Shapes: B blocks of which k elements each are kept, K = B k in all; a chunk has at most chunk_elements / 4096 blocks.
 
 
 class TopkCodec:
@@ -104,7 +104,7 @@ class TopkCodec:
         num_elements = values.numel()
         require_encodable(self.name, values, out, self.encoded_bytes(num_elements))
         out_levels, out_places, out_codes = _split(out, num_elements)
-        for first, last in _strips(num_elements):
+        for first, last in _strips(num_elements, values.device):
             blocks = values[first:last].view(-1, min(last - first, TOPK_BLOCK_ELEMENTS))
             descending, places = _largest(blocks, _num_kept(blocks.shape[1]))
             levels = _levels(descending)
@@ -217,10 +217,10 @@ def _split(payload: torch.Tensor, num_elements: int) -> tuple[torch.Tensor, torc
     return payload[:at], payload[at:end], payload[end:]
 
 
-def _strips(num_elements: int) -> Iterator[tuple[int, int]]:
+def _strips(num_elements: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Yield the bounds of consecutive chunks of full blocks, and then of the last block if it is not full."""
     full = num_elements - num_elements % TOPK_BLOCK_ELEMENTS
-    yield from chunks(full)
+    yield from chunks(full, device)
     if full < num_elements:
         yield full, num_elements
 
