@@ -109,7 +109,7 @@ def _has_streams(device: torch.device) -> bool:
 
 def _streams_of(device: torch.device) -> Any:
     """Torch's module for a type of device: torch.cuda, torch.xpu ..."""
-    module: ModuleType = getattr(torch, device.type)
+    module: ModuleType | None = getattr(torch, device.type, None)
     return module
 
 

@@ -68,5 +68,5 @@ def _place(device: torch.device, num_elements: int, exchange_on: ExchangeOn) -> 
 
 def _memory_bytes(device: torch.device) -> float:
     """All of a device's memory; 0 where torch cannot tell."""
-    properties = getattr(getattr(torch, device.type), "get_device_properties", None)
+    properties = getattr(getattr(torch, device.type, None), "get_device_properties", None)
     return 0.0 if properties is None else float(properties(device).total_memory)

@@ -277,6 +277,7 @@ def test_workers_have_numbers_and_names(address: str) -> None:
     ("arguments", "sentence"),
     [
         ({"overlap": "sometimes"}, "overlap 'sometimes' is not one of eager, delayed, blocking"),
+        ({"exchange_on": "cuda"}, "exchange_on 'cuda' is not one of auto, device, host"),
         ({"inner_steps": 0}, "inner_steps is 0; it must be at least 1"),
         ({"uplink": "int3"}, "there is no codec 'int3'"),
         ({"downlink": "fp4"}, "fp4, which is for differences"),
