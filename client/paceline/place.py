@@ -53,6 +53,7 @@ class Place:
     def __init__(self, model_device: torch.device, *, on_host: bool = False) -> None:
         self.device = torch.device("cpu") if on_host else model_device
         self._model_device = model_device
+        self._moves = self.device != model_device
         self._stream: torch.Stream | None = None
         if _has_streams(model_device):
             self._stream = _streams_of(model_device).Stream(model_device)
@@ -72,7 +73,7 @@ class Place:
 
     def from_model(self, values: torch.Tensor) -> Handed:
         """Bring values (float32 [n]) here that the current stream writes where the model is; nobody waits for them."""
-        if values.device == self.device:
+        if not self._moves:
             return self.hand_over(values)
         if self._stream is None:
             return Handed(values.to(self.device))
@@ -85,8 +86,10 @@ class Place:
 
     def to_model(self, values: torch.Tensor) -> Handed:
         """Send values (float32 [n]) from here to where the model is; called within `stream`."""
-        if self._stream is None or values.device == self._model_device:
-            return self.hand_over(values.to(self._model_device))
+        if not self._moves:
+            return self.hand_over(values)
+        if self._stream is None:
+            return Handed(values.to(self._model_device))
         return self.hand_over(values.pin_memory().to(self._model_device, non_blocking=True))
 
     def from_host(self, values: torch.Tensor) -> torch.Tensor:
