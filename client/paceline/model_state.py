@@ -16,6 +16,10 @@ class _Piece:
         self._inside = slice(tensor_start, tensor_start + length)
         self._outside = slice(fragment_start, fragment_start + length)
 
+    def inside(self) -> torch.Tensor | None:
+        """The part in the tensor's own memory; None if it is scattered there."""
+        return self._tensor.view(-1)[self._inside] if self._tensor.is_contiguous() else None
+
     def read(self, flat: torch.Tensor) -> None:
         flat[self._outside].copy_(self._tensor.reshape(-1)[self._inside])
 
@@ -59,14 +63,22 @@ class FragmentState:
         self.place = place or Place(self._device)
 
     def read(self) -> Handed:
-        """The values as they are now, at the place. Called on the training thread, which does not wait for the copy."""
+        """A copy of the values as they are now, at the place; the calling thread does not wait for it."""
         flat = torch.empty(self.num_elements, device=self._device)
         for piece in self._pieces:
             piece.read(flat)
         return self.place.from_model(flat)
 
+    def lent(self) -> Handed:
+        """The values, at the place, of a model that stands still until they have been used.
+
+        They may be the model's own memory. Called on the exchange thread, within the place's stream.
+        """
+        inside = self._pieces[0].inside() if len(self._pieces) == 1 and self.is_full_precision else None
+        return self.read() if inside is None else self.place.from_model(inside)
+
     def write(self, values: torch.Tensor) -> Handed:
-        """Set the model to values (float32 [n] at the place or on the host). Called on the training thread.
+        """Set the model to values (float32 [n] at the place or on the host). Called where nobody else uses the model.
 
         Returns:
             What the model holds then, rounded to its dtype, at the place.

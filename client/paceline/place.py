@@ -65,6 +65,16 @@ class Place:
         context: AbstractContextManager[object] = _streams_of(self._model_device).stream(self._stream)
         return context
 
+    def lend_model(self) -> None:
+        """Give the model to the exchange: its stream goes on once all is done that the current one was asked so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(_streams_of(self._model_device).current_stream(self._model_device))
+
+    def take_model_back(self) -> None:
+        """Let the current stream go on once all is done that the exchange's was asked so far."""
+        if self._stream is not None:
+            _streams_of(self._model_device).current_stream(self._model_device).wait_stream(self._stream)
+
     def hand_over(self, values: torch.Tensor) -> Handed:
         """Hand over values (float32 [n]) that the current stream writes."""
         if self._stream is None or values.device.type == "cpu":

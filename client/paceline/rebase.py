@@ -104,6 +104,13 @@ class RoundStart:
                 moved = self._state.read().take() - before
                 self._start = self._state.place.hand_over(self._start.take() + moved)
 
+    def set(self, start: torch.Tensor) -> None:
+        """Set the model to a start (float32 [n] at the place), while it stands still. Called on the exchange thread."""
+        with self._lock:
+            self._start = self._state.write(start)
+            self._moves += 1
+            self._proposal = None
+
     def end_round(self, end: Handed) -> Handed:
         """Begin the next round at the model's present values; returns the start of the round that ends."""
         with self._lock:

@@ -212,6 +212,8 @@ class Run:
         if _skipped_by_scaler(optimizer):
             return
         self._time_step()
+        if self._worker.stands_still:  # a wait for an answer was interrupted, and the script went on
+            self._wait_for_room(1)
         self._worker.after_step()
         with torch.no_grad():
             self._worker.adopt()

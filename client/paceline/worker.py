@@ -113,12 +113,12 @@ class EndedFragment:
 
     Attributes:
         start: Where it began.
-        end: Where it ended.
+        end: Where it ended; None: where the model is, which stands still until the answer.
         local_momentum: The momentum of its inner steps; None where the run does not order it.
     """
 
     start: Handed
-    end: Handed
+    end: Handed | None
     local_momentum: Handed | None
 
 
@@ -175,6 +175,7 @@ class Worker:
         self._num_workers = num_workers
         self._settings = settings
         self._untouched = True
+        self._stands_still = False
         self._tokens: int | None = None
         self._plan = manifest.fragments
         self._places = places or places_of(manifest, tensors)
@@ -212,6 +213,11 @@ class Worker:
         return self._untouched
 
     @property
+    def stands_still(self) -> bool:
+        """Whether the exchange reads and sets the model itself until the round that has ended is answered."""
+        return self._stands_still
+
+    @property
     def tokens(self) -> int | None:
         """Tokens or samples that the current round stands for so far; None if nobody counted them."""
         return self._tokens
@@ -230,19 +236,24 @@ class Worker:
         return self.steps_in_round >= (own_inner_steps or self.inner_steps)
 
     def adopt(self) -> None:
-        """Take what has been proposed, at a boundary between two inner steps."""
+        """Take what has been proposed, at a boundary between two inner steps; a model that stood still goes on."""
+        if self._stands_still:
+            self._stands_still = False
+            for place in set(self._places):
+                place.take_model_back()
         for start in self._starts:
             start.adopt(untouched=self._untouched)
 
     def end_round(self, local_momentum: Mapping[str, torch.Tensor] | None = None) -> EndedRound:
         """End the round where the model is, and begin the next there.
 
+        A worker that waits for every answer (blocking) must not use the model before `adopt`.
+
         Args:
             local_momentum: The momentum of the inner steps by name, with their learning rate inside; given exactly if
                 the run orders it.
         """
-        ends = [state.read() for state in self._states]
-        starts = [start.end_round(end) for start, end in zip(self._starts, ends, strict=True)]
+        starts, ends = self._ended()
         local_momenta = [
             None
             if local_momentum is None or plan.role != "parameter"
@@ -260,6 +271,16 @@ class Worker:
         self._tokens = None
         return ended
 
+    def _ended(self) -> tuple[list[Handed], list[Handed | None]]:
+        """Where each fragment's round started, and where it ended."""
+        if self._settings.overlap is Overlap.BLOCKING:
+            self._stands_still = True
+            for place in set(self._places):
+                place.lend_model()
+            return [start.current for start in self._starts], [None] * len(self._starts)
+        ends = [state.read() for state in self._states]
+        return [start.end_round(end) for start, end in zip(self._starts, ends, strict=True)], [*ends]
+
     def prepare(self, index: int, ended: EndedRound) -> PreparedPush:
         """Encode a fragment's outer gradient, once, and propose a start that includes what is expected of it.
 
@@ -268,13 +289,14 @@ class Worker:
         """
         fragment, place, work = self._fragments[index], self._places[index], ended.take(index)
         with place.stream():
+            end = self._states[index].lent() if work.end is None else work.end
             prepared = fragment.push(
                 work.start.take(),
-                work.end.take(),
+                end.take(),
                 self._num_workers,
                 None if work.local_momentum is None else work.local_momentum.take(),
             )
-            del work
+            del work, end
             if self._settings.overlap is not Overlap.BLOCKING:
                 self._starts[index].propose(fragment.new_start())
             return replace(prepared, payload=place.to_host(prepared.payload))
@@ -286,10 +308,11 @@ class Worker:
             lr, momentum = _coefficients(self._settings, self._plan[index], update.lr, update.momentum)
             fragment.adapt(lr=lr, momentum=momentum)
         fragment.receive(seq, update.values, update.bin, applied=applied, momentum=update.server_momentum)
-        # A blocked worker stands at the end of its round, and shifts nothing.
-        is_blocked = self._settings.overlap is Overlap.BLOCKING and self._untouched
         with self._places[index].stream():
-            self._starts[index].propose(fragment.new_start(), replace=is_blocked or not applied)
+            if self._stands_still:
+                self._starts[index].set(fragment.new_start())
+            else:
+                self._starts[index].propose(fragment.new_start(), replace=not applied)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota
