@@ -10,6 +10,7 @@ from torch import nn
 
 import paceline
 import paceline_server
+from integration.patience import wait_until
 
 LR, BETA = 0.7, 0.9
 INNER_STEPS, ROUNDS = 4, 5
@@ -117,6 +118,39 @@ def test_blocking_join_equals_training_alone_with_outer_steps(
             assert_equal_bits(model.state_dict(), twin.state_dict())
             assert_equal_bits(state_of(optimizer), state_of(twin_optimizer))
     assert_equal_bits(model.state_dict(), twin.state_dict())
+
+
+def test_a_wait_that_was_interrupted_is_done_before_the_next_step_counts(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the wait for an answer, in a notebook that goes on: no round and no inner step is lost or doubled."""
+    torch.manual_seed(0)
+    model = Network()
+    twin = copy.deepcopy(model)
+    optimizer, twin_optimizer = sgd(model), sgd(twin)
+    outer = OuterSteps(twin)
+    with paceline.join(address, model, optimizer, inner_steps=INNER_STEPS, overlap="blocking") as run:
+        waits: list[int] = []
+        wait_for_room = run._wait_for_room
+
+        def interrupted(window: int) -> None:
+            waits.append(run._worker.steps_in_round)
+            if len(waits) == 2:  # the first finds room for the round, the second waits for its answer
+                raise KeyboardInterrupt
+            wait_for_room(window)
+
+        monkeypatch.setattr(run, "_wait_for_room", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, first_step=0)
+        optimizer.zero_grad()
+        wait_until(lambda: run.stats().rounds == 1)
+        train(twin, twin_optimizer, first_step=0)
+        outer.end_round()
+        train(model, optimizer, first_step=INNER_STEPS)
+        assert waits == [INNER_STEPS, 0, 0, INNER_STEPS, 0]
+        train(twin, twin_optimizer, first_step=INNER_STEPS)
+        outer.end_round()
+        assert_equal_bits(model.state_dict(), twin.state_dict())
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

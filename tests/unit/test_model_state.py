@@ -116,6 +116,21 @@ def test_a_snapshot_does_not_change_when_training_goes_on(where: Where) -> None:
 
 
 @each_place
+@each_dtype
+def test_a_model_that_stands_still_lends_its_values(where: Where, dtype: torch.dtype) -> None:
+    """What is lent is what would be read, for every layout; a float32 tensor in one piece lends its own memory."""
+    tensors, place = layouts(where.device, dtype), where.place
+    for _, state in states(tensors, place=place):
+        with place.stream():
+            assert torch.equal(state.read().take(), state.lent().take())
+    whole = {"w": torch.zeros(300, dtype=dtype, device=where.device)}
+    ((_, state),) = states(whole, 512, place)
+    with place.stream():
+        shares = state.lent().take().data_ptr() == whole["w"].data_ptr()
+    assert shares == (dtype is torch.float32 and not where.on_host)
+
+
+@each_place
 def test_values_given_are_not_changed(where: Where) -> None:
     """Neither a write nor an addition changes what it is given, nor lets the model share it."""
     tensors, place = {"w": normal(300, 1).to(where.device)}, where.place

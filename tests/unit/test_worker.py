@@ -107,6 +107,39 @@ def test_blocking_workers_stay_until_the_answer() -> None:
     assert settings().window == 2
 
 
+@pytest.mark.parametrize("refusal", [None, "it has an infinity"])
+def test_the_exchange_sets_a_model_that_stands_still(refusal: str | None) -> None:
+    """A blocking worker's model is read where it is and set as answers come; the next round starts there."""
+    logic, tensors = worker(settings(overlap=Overlap.BLOCKING))
+    work = normal(SIZE, 3)
+    tensors["w"] -= work
+    logic.after_step(3)
+    ended = logic.end_round()
+    assert logic.stands_still
+    push = logic.prepare(0, ended)
+    assert torch.equal(work, decoded(push.payload))
+    logic.take_in(0, push.seq, update(normal(SIZE, 4), refusal=refusal))
+    assert torch.equal(normal(SIZE, 4), tensors["w"])
+    logic.adopt()
+    assert not logic.stands_still
+    tensors["w"] -= work
+    assert torch.equal(normal(SIZE, 4) - tensors["w"], decoded(logic.prepare(0, logic.end_round()).payload))
+
+
+def test_an_answer_to_an_earlier_start_does_not_set_the_model_under_inner_steps() -> None:
+    """A blocking worker that went on with pushes in flight trains meanwhile: their answers shift the model."""
+    logic, tensors = worker(settings(overlap=Overlap.BLOCKING))
+    logic.after_step(3)
+    push = logic.prepare(0, logic.end_round())
+    logic.adopt()
+    tensors["w"] += 1.0
+    logic.after_step()
+    logic.take_in(0, push.seq, update(torch.full((SIZE,), 2.0)))
+    assert torch.equal(torch.ones(SIZE), tensors["w"])
+    logic.adopt()
+    assert torch.equal(torch.full((SIZE,), 3.0), tensors["w"])
+
+
 def test_canonical_parameters_replace_the_model() -> None:
     """With nothing in flight the model becomes the run's in every bit, steps made meanwhile or not."""
     logic, tensors = worker(settings())
