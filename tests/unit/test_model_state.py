@@ -121,10 +121,12 @@ def test_a_model_that_stands_still_lends_its_values(where: Where, dtype: torch.d
     """What is lent is what would be read, for every layout; a float32 tensor in one piece lends its own memory."""
     tensors, place = layouts(where.device, dtype), where.place
     for _, state in states(tensors, place=place):
+        place.lend_model()
         with place.stream():
             assert torch.equal(state.read().take(), state.lent().take())
     whole = {"w": torch.zeros(300, dtype=dtype, device=where.device)}
     ((_, state),) = states(whole, 512, place)
+    place.lend_model()
     with place.stream():
         shares = state.lent().take().data_ptr() == whole["w"].data_ptr()
     assert shares == (dtype is torch.float32 and not where.on_host)
