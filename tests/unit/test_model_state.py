@@ -124,11 +124,13 @@ def test_a_model_that_stands_still_lends_its_values(where: Where, dtype: torch.d
         place.lend_model()
         with place.stream():
             assert torch.equal(state.read().take(), state.lent().take())
+        place.take_model_back()
     whole = {"w": torch.zeros(300, dtype=dtype, device=where.device)}
     ((_, state),) = states(whole, 512, place)
     place.lend_model()
     with place.stream():
         shares = state.lent().take().data_ptr() == whole["w"].data_ptr()
+    place.take_model_back()
     assert shares == (dtype is torch.float32 and not where.on_host)
 
 
