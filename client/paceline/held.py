@@ -3,12 +3,12 @@
 Update after update is followed in the order in which they come; see docs/protocol.md, "Differences".
 """
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 
 from paceline_wire import codecs
+from paceline_wire.checksum import crc32
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import UnavailableError
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -70,7 +70,7 @@ def follow(
         )
     else:
         values, behind = codecs.followed(codec, payload, num_values + num_behind, held.values)
-    if announced.HasField("values_crc32") and zlib.crc32(values.numpy().data) != announced.values_crc32:
+    if announced.HasField("values_crc32") and crc32(values.numpy().data) != announced.values_crc32:
         raise UnavailableError(
             f"the differences of fragment {announced.fragment} have led to other values here than at the shard; "
             "this worker asks for whole ones"
