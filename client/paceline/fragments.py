@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
+from paceline_wire import recycled
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError
 from paceline_wire.manifest import Fragment, Manifest, TensorSpec
 
@@ -101,4 +102,4 @@ def scatter(fragment: Fragment, values: torch.Tensor, tensors: Mapping[str, torc
 
 def empty_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     """Uninitialized float32 tensors of the manifest's names and shapes, on the host."""
-    return {spec.name: torch.empty(spec.shape) for spec in manifest.tensors}
+    return {spec.name: recycled.empty(spec.num_elements).view(spec.shape) for spec in manifest.tensors}

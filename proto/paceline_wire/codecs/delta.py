@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from paceline_wire import recycled
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.moves import encode_move, finite_sum, follow_move
 from paceline_wire.codecs.registry import codec
@@ -101,7 +102,7 @@ def followed(
     """
     coded = payload if isinstance(payload, torch.Tensor) else payload_tensor(payload)
     if num_elements == held.numel():
-        moved = torch.empty_like(held)
+        moved = recycled.empty(num_elements) if held.device.type == "cpu" else torch.empty_like(held)
         follow_move(codec, coded, held, moved)
         return moved, moved[num_elements:]
     codec.check(coded, num_elements)
