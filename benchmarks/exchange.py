@@ -17,7 +17,6 @@ import platform
 import socket
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ import paceline
 from paceline_server.processes import ShardProcesses
 from paceline_server.settings import config_from_mapping
 from paceline_wire import codecs
+from paceline_wire.checksum import crc32
 from paceline_wire.codecs import DIFFERENCE_CODECS
 
 TENSOR_ELEMENTS = kernels.FRAGMENT
@@ -187,8 +187,8 @@ def kernel_seconds(setting: Setting) -> dict[str, dict[str, float]]:
     target = torch.zeros(kernels.FRAGMENT)
 
     def checksums(_: int) -> None:
-        zlib.crc32(of_codec[setting.uplink].numpy().data)
-        zlib.crc32(of_codec[setting.downlink].numpy().data)
+        crc32(of_codec[setting.uplink].numpy().data)
+        crc32(of_codec[setting.downlink].numpy().data)
 
     sides: dict[str, dict[str, Callable[[int], Any]]] = {
         "client": {

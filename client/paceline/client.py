@@ -12,7 +12,15 @@ import torch
 from paceline.calls import REACH_S
 from paceline.channels import TLS, Access
 from paceline.codec_threads import in_codec_thread
-from paceline.fragments import empty_tensors, exchanged, gather, manifest_of, require_values, scatter
+from paceline.fragments import (
+    Destination,
+    empty_tensors,
+    exchanged,
+    gather,
+    manifest_of,
+    require_values,
+    scatter,
+)
 from paceline.link_settings import LinkSettings
 from paceline.pushes import OutgoingPush
 from paceline.session import Session, new_worker, open_session
@@ -173,9 +181,9 @@ class Client:
         newest = _empty_base(manifest)
 
         async def exchange(fragment: Fragment) -> str | None:
-            update = await self._push(fragment, contribution, base.bins[fragment.index])
+            into = Destination(fragment=fragment, tensors=newest.tensors)
+            update = await self._push(fragment, contribution, base.bins[fragment.index], into)
             newest.bins[fragment.index] = update.bin
-            await in_codec_thread(scatter, fragment, update.values, newest.tensors)
             return update.refusal
 
         refusals = await asyncio.gather(*(exchange(fragment) for fragment in manifest.fragments))
@@ -189,12 +197,19 @@ class Client:
         if not exchange.cancelled():
             exchange.exception()  # seen, should the caller be gone
 
-    async def _push(self, fragment: Fragment, contribution: "_Contribution", base_bin: int) -> ReceivedUpdate:
+    async def _push(
+        self, fragment: Fragment, contribution: "_Contribution", base_bin: int, into: Destination
+    ) -> ReceivedUpdate:
         uplink, order = self._uplinks[fragment.index], self._orders[fragment.index]
         async with order, self._encoding:
             seq, ready = await in_codec_thread(_encode, uplink, fragment, contribution, self._uplink_codec)
         push = OutgoingPush(
-            fragment=fragment.index, seq=seq, base_bin=base_bin, outer_gradient=ready, tokens=contribution.tokens
+            fragment=fragment.index,
+            seq=seq,
+            base_bin=base_bin,
+            outer_gradient=ready,
+            tokens=contribution.tokens,
+            into=into,
         )
         update = await self._session.connection_of(fragment.index).push(push)
         uplink.settle(seq, applied=update.refusal is None)

@@ -22,6 +22,16 @@ async def in_codec_thread(work: Callable[[*_Arguments], _Result], *arguments: *_
     return await asyncio.get_running_loop().run_in_executor(_threads(), work, *arguments)
 
 
+async def in_codec_thread_to_its_end(work: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+    """The same for work that writes to what others go on with: cancelled, it waits until the thread is done with it."""
+    working = asyncio.ensure_future(in_codec_thread(work, *arguments))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait((working,))
+        raise
+
+
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import grpc
 
 from paceline.channels import Access, backoff_s, error_of, error_of_status
-from paceline.codec_threads import in_codec_thread
+from paceline.codec_threads import in_codec_thread_to_its_end
 from paceline.connection_count import Meter
 from paceline.dispatch import Dispatch, PushKey
 from paceline.held import Held, follow
@@ -256,14 +256,17 @@ class ExchangeStreams:
         """
         fragment = announced.fragment
         unanswered = self.unanswered.get(PushKey(fragment, announced.seq))
+        into = None if unanswered is None or unanswered.update.done() else unanswered.push.into
         if (unanswered is None or unanswered.update.done()) and not announced.HasField("version"):
             self._held.pop(fragment, None)
             return
         payload, sizes = assembly.payload(), self._sizes(fragment)
         # Nothing is held while it is followed: if that fails, the next stream names nothing.
         held = self._held.pop(fragment, None)
-        place = self._places[fragment]
-        followed = await in_codec_thread(follow, announced, assembly.codec, payload, sizes, held, place)
+        # To its end: the answer on the next stream is written to the same place, and nothing may follow it there.
+        followed = await in_codec_thread_to_its_end(
+            follow, announced, assembly.codec, payload, sizes, held, self._places[fragment], into
+        )
         if followed.held is not None:
             self._held[fragment] = followed.held
         if unanswered is None or unanswered.update.done():

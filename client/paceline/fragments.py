@@ -1,9 +1,11 @@
 """Between a model's named tensors and the flat fragments that are exchanged."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 
+from paceline_wire import recycled
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError
 from paceline_wire.manifest import Fragment, Manifest, TensorSpec
 
@@ -87,6 +89,8 @@ def gather(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.Ten
         tensors[segment.tensor].detach().reshape(-1)[segment.tensor_start : segment.tensor_start + segment.length]
         for segment in fragment.segments
     ]
+    if len(parts) > 1 and all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts):
+        return torch.cat(parts, out=recycled.empty(fragment.num_elements))
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     return flat.to(device="cpu", dtype=torch.float32).contiguous()
 
@@ -99,6 +103,27 @@ def scatter(fragment: Fragment, values: torch.Tensor, tensors: Mapping[str, torc
         flat[segment.tensor_start : segment.tensor_start + segment.length].copy_(part)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Destination:
+    """Where a fragment's newest values are to be written.
+
+    Attributes:
+        fragment: The fragment.
+        tensors: Contiguous float32 tensors on the host, by name; nobody uses them meanwhile.
+    """
+
+    fragment: Fragment
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """The parts of the tensors that have the values, in order: float32 [any] each, together [n]."""
+        return [
+            self.tensors[segment.tensor].view(-1)[segment.tensor_start : segment.tensor_start + segment.length]
+            for segment in self.fragment.segments
+        ]
+
+
 def empty_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     """Uninitialized float32 tensors of the manifest's names and shapes, on the host."""
-    return {spec.name: torch.empty(spec.shape) for spec in manifest.tensors}
+    return {spec.name: recycled.empty(spec.num_elements).view(spec.shape) for spec in manifest.tensors}

@@ -3,14 +3,16 @@
 Update after update is followed in the order in which they come; see docs/protocol.md, "Differences".
 """
 
-import zlib
 from dataclasses import dataclass
 
 import torch
 
+from paceline.fragments import Destination
 from paceline.place import HOST, Place
 from paceline_wire import codecs
+from paceline_wire.checksum import crc32
 from paceline_wire.codecs.base import Codec
+from paceline_wire.codecs.moves import write_copies
 from paceline_wire.errors import UnavailableError
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
@@ -20,7 +22,8 @@ class Held:
     """What is held of a fragment.
 
     Attributes:
-        values: float32 [n] at the fragment's place; never changed.
+        values: float32 [n] at the fragment's place; never changed, but where updates have a destination: then nobody
+            else has them.
         version: How the shard calls them.
     """
 
@@ -50,6 +53,7 @@ def follow(
     sizes: tuple[int, int],
     held: Held | None,
     place: Place = HOST,
+    into: Destination | None = None,
 ) -> Followed:
     """Decode an update, and add what is held if it is a difference.
 
@@ -60,34 +64,52 @@ def follow(
         sizes: Elements of values, and elements behind them.
         held: What is held of the fragment; None: nothing.
         place: Where to decode it, and where what is held is.
+        into: Where the values are written as well, in the same pass where it can be. What is held is then changed in
+            place, and so are the values that were returned before. None: nowhere, and nothing that is held changes.
 
     Raises:
-        CodecError: The payload is no valid encoding, or leads to infinity.
+        CodecError: The payload is no valid encoding, or leads to infinity. This and the next leave behind nothing of
+            use, neither in what was held nor at the destination.
         UnavailableError: It is a difference to something that is not held, or leads elsewhere than at the shard. The
             stream must end, and the next one must name nothing.
     """
     with place.stream():
-        return _follow(announced, codec, place.from_host(payload), sizes, held, place)
+        followed = _follow(announced, codec, place.from_host(payload), sizes, held, into)
+        if announced.HasField("values_crc32"):
+            _require_same(announced, place.to_host(followed.values))
+    return followed
 
 
 def _follow(
-    announced: pb.Update, codec: Codec, payload: torch.Tensor, sizes: tuple[int, int], held: Held | None, place: Place
+    announced: pb.Update,
+    codec: Codec,
+    payload: torch.Tensor,
+    sizes: tuple[int, int],
+    held: Held | None,
+    into: Destination | None,
 ) -> Followed:
     num_values, num_behind = sizes
+    copies = [] if into is None else into.parts
     if not announced.HasField("difference_to"):
         numbers = codecs.decode(codec, payload, num_values + num_behind)
         values, behind = numbers[:num_values], numbers[num_values:]
+        write_copies(values, copies)
     elif held is None or held.version != announced.difference_to:
         raise UnavailableError(
             f"the update of fragment {announced.fragment} is a difference to values that this worker does not hold; "
             "it asks for whole ones"
         )
     else:
-        values, behind = codecs.followed(codec, payload, num_values + num_behind, held.values)
-    if announced.HasField("values_crc32") and zlib.crc32(place.to_host(values).numpy().data) != announced.values_crc32:
+        values, behind = codecs.followed(
+            codec, payload, num_values + num_behind, held.values, in_place=into is not None, copies=copies
+        )
+    named = Held(values=values, version=announced.version) if announced.HasField("version") else None
+    return Followed(values=values, behind=behind, held=named)
+
+
+def _require_same(announced: pb.Update, values: torch.Tensor) -> None:
+    if crc32(values.numpy().data) != announced.values_crc32:
         raise UnavailableError(
             f"the differences of fragment {announced.fragment} have led to other values here than at the shard; "
             "this worker asks for whole ones"
         )
-    named = Held(values=values, version=announced.version) if announced.HasField("version") else None
-    return Followed(values=values, behind=behind, held=named)

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
+from paceline.fragments import Destination
 from paceline.worker import ReceivedUpdate
 from paceline_wire.transfer import Outgoing
 
@@ -17,6 +18,8 @@ class OutgoingPush:
         base_bin: The bin of the newest values that the worker held.
         outer_gradient: The encoding; its bytes MUST not change until the update comes.
         tokens: Tokens or samples that it stands for; None if nobody counted them.
+        into: Where the values that answer it are written before it is answered; the update's own then change with the
+            fragment's next one. Given with all pushes of a connection or with none. None: nowhere.
     """
 
     fragment: int
@@ -24,6 +27,7 @@ class OutgoingPush:
     base_bin: int
     outer_gradient: Outgoing
     tokens: int | None = None
+    into: Destination | None = None
 
 
 @dataclass(eq=False)

@@ -1,12 +1,12 @@
 """Payloads in pieces: cutting an encoding into messages and putting it together again, with its checksum."""
 
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from paceline_wire import codecs
+from paceline_wire import codecs, recycled
+from paceline_wire.checksum import crc32
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError, DamagedPayloadError, InvalidInputError
 from paceline_wire.v1 import parameter_server_pb2 as pb
@@ -42,7 +42,7 @@ def outgoing(codec: Codec, payload: torch.Tensor) -> Outgoing:
 
 def payload_message(codec: Codec, payload: torch.Tensor) -> pb.Payload:
     """Announce an encoding (uint8 [n]), with its checksum."""
-    return pb.Payload(codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=zlib.crc32(payload.numpy().data))
+    return pb.Payload(codec=codecs.wire_value(codec), num_bytes=payload.numel(), crc32=crc32(payload.numpy().data))
 
 
 class PieceSize:
@@ -103,7 +103,7 @@ class Assembly:
         self.codec = codecs.codec_of_wire(announced.codec)
         expected = _expected_bytes(announced, num_elements)
         self._crc32 = announced.crc32 if announced.HasField("crc32") else None
-        self._buffer = torch.empty(expected, dtype=torch.uint8)
+        self._buffer = recycled.empty(expected, torch.uint8)
         self._view = self._buffer.numpy().data
         self._filled = 0
         self._received_crc32 = 0
@@ -120,7 +120,7 @@ class Assembly:
         self._view[self._filled : end] = data
         self._filled = end
         # Message by message: the bytes are in the cache, and the event loop is not held up for a whole payload.
-        self._received_crc32 = zlib.crc32(data, self._received_crc32)
+        self._received_crc32 = crc32(data, self._received_crc32)
 
     @property
     def complete(self) -> bool:

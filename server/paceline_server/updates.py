@@ -1,6 +1,5 @@
 """Updates on their way out: how they are written, where they go, and what they take of the shard's buffer."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,7 @@ from paceline_server.fragment import FragmentValues
 from paceline_server.held import Form, Held, HeldMemory
 from paceline_server.ledger import Answer
 from paceline_wire import codecs
+from paceline_wire.checksum import crc32
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError
 from paceline_wire.transfer import Outgoing, outgoing
@@ -81,8 +81,8 @@ def write(values: FragmentValues, form: Form, memory: HeldMemory, *, with_moment
         whole = Form(codec=codecs.whole_codec(form.codec))
         return _write_whole(values, whole, memory, with_momentum=with_momentum)
     held = memory.held(moved, form.since.num_differences + 1)
-    crc32 = zlib.crc32(moved.numpy().data) if held.is_checked else None
-    return Written(form=form, values=outgoing(form.codec, payload), held=held, values_crc32=crc32)
+    checksum = crc32(moved.numpy().data) if held.is_checked else None
+    return Written(form=form, values=outgoing(form.codec, payload), held=held, values_crc32=checksum)
 
 
 def _write_whole(values: FragmentValues, form: Form, memory: HeldMemory, *, with_momentum: bool) -> Written:

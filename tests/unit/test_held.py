@@ -5,11 +5,13 @@ import zlib
 import pytest
 import torch
 
+from paceline.fragments import Destination, empty_tensors
 from paceline.held import Held as WorkersHeld
 from paceline.held import follow
 from paceline_server.held import CHECKED_EVERY, MOST_SPARE, Form, Held, HeldMemory, Holding, Holdings
 from paceline_wire import codecs
 from paceline_wire.errors import CodecError, UnavailableError
+from paceline_wire.manifest import Manifest, TensorSpec
 from paceline_wire.v1 import parameter_server_pb2 as pb
 
 INT8, BF16 = codecs.codec("int8"), codecs.codec("bf16")
@@ -186,6 +188,36 @@ def test_a_difference_moves_what_is_held_as_at_the_shard() -> None:
     assert torch.equal(moved, followed.values)
     assert torch.equal(momentum, followed.behind)
     assert torch.equal(torch.linspace(-1, 1, 256), before.values)
+
+
+@pytest.mark.parametrize("sizes", [(256,), (100, 156)])
+@pytest.mark.parametrize("num_behind", [0, 256])
+def test_values_are_written_to_their_destination_as_well(sizes: tuple[int, ...], num_behind: int) -> None:
+    """In one piece or in several, whole or as a difference; what is held then has memory of its own."""
+    manifest = Manifest.of(
+        [
+            TensorSpec(name=str(index), shape=(size,), dtype="float32", role="parameter")
+            for index, size in enumerate(sizes)
+        ]
+    )
+    tensors = empty_tensors(manifest)
+    into = Destination(fragment=manifest.fragments[0], tensors=tensors)
+    behind = torch.full((num_behind,), 127.0)
+    payload = codecs.encode(BF16, torch.cat((torch.linspace(-1, 1, 256), behind)))
+    first = follow(update(version=3), BF16, payload, (256, num_behind), None, into=into)
+    assert first.held is not None
+    assert torch.equal(first.values, torch.cat(list(tensors.values())))
+    tensors["0"].fill_(5)
+    payload, moved = codecs.difference(
+        INT8, torch.linspace(2, -2, 256), first.held.values, behind if num_behind else None
+    )
+    second = follow(update(difference_to=3, version=4), INT8, payload, (256, num_behind), first.held, into=into)
+    assert second.held is not None
+    assert torch.equal(moved, second.held.values)
+    assert torch.equal(moved, torch.cat(list(tensors.values())))
+    assert torch.equal(behind, second.behind)
+    tensors["0"].fill_(5)
+    assert torch.equal(moved, second.held.values)
 
 
 def test_a_difference_to_something_else_is_not_followed() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -176,10 +177,13 @@ def test_moves_have_the_same_bits(name: str, data: st.DataObject, in_place: bool
     start = data.draw(numbers(size=values.numel(), largest_exponent=120))
     expected, sender, receiver = start.clone(), start.clone(), start.clone()
     moved, followed = (sender, receiver) if in_place else (torch.empty_like(start), torch.empty_like(start))
+    cuts = sorted(data.draw(st.lists(st.integers(0, values.numel()), max_size=4)))
+    sizes = [end - first for first, end in pairwise([0, *cuts, values.numel()])]
+    copies = [torch.empty(size) for size in sizes]
     payload = encode_move(plain, values, expected)
     assert bits(payload) == bits(encode_move(fast, values, sender, moved))
-    follow_move(fast, payload, receiver, followed)
-    assert bits(expected) == bits(moved) == bits(followed)
+    follow_move(fast, payload, receiver, followed, copies)
+    assert bits(expected) == bits(moved) == bits(followed) == bits(torch.cat(copies))
     if not in_place:
         assert bits(start) == bits(sender) == bits(receiver)
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from paceline_wire import recycled
 from paceline_wire.codecs import fused, kernels
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
 from paceline_wire.codecs.blockwise import BlockwiseCodec
@@ -143,7 +144,7 @@ class CompiledCodec:
         if compiled is None:
             return None
         full, nothing = _full(values.numel()), values[:0]
-        payload, lost = self._empty(values), torch.empty_like(values)
+        payload, lost = self._empty(values), recycled.empty(values.numel())
         require_encodable(self.name, values, payload, payload.numel())
         coded = self._split(payload, values.numel())
         compiled.compensate(
@@ -190,22 +191,47 @@ class CompiledCodec:
         coded.finish(encode(self.plain, values[full:] - reference[full:]))
         return payload, self._follow_rest(payload, reference, moved) and finite
 
-    def follow_move(self, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> bool | None:
-        """Write reference plus what a checked payload decodes to (float32 [n] each) to moved.
+    def follow_move(
+        self, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor, copies: Sequence[torch.Tensor] = ()
+    ) -> bool | None:
+        """Write reference plus what a checked payload decodes to (float32 [n] each) to moved, and to copies if given.
+
+        Args:
+            payload: The payload.
+            reference: The reference.
+            moved: May be reference itself.
+            copies: Each float32 [any], one behind the other n elements. Those too small for a loop are written last.
 
         Returns:
             Whether moved is finite; None if it cannot, and then nothing was written.
         """
-        if reference.device.type != "cpu" and isinstance(self.plain, BlockwiseCodec):
+        if reference.device.type != "cpu" and isinstance(self.plain, BlockwiseCodec) and not copies:
             return fused.follow_move(self.plain, payload, reference, moved)
-        compiled = self._kernels(reference.numel(), payload, reference, moved)
+        compiled = self._kernels(reference.numel(), payload, reference, moved, *copies)
         if compiled is None:
             return None
-        coded, full = self._split(payload, reference.numel()), _full(reference.numel())
-        finite = compiled.follow(
-            self._number, coded.scales, coded.codes, reference[:full].numpy(), moved[:full].numpy()
-        )
-        return self._follow_rest(payload, reference, moved) and finite
+        coded, finite, done, start = self._split(payload, reference.numel()), True, 0, 0
+        nowhere, rest = reference[:0], list[tuple[torch.Tensor, int]]()
+
+        def follow(first: int, end: int, copy: torch.Tensor) -> bool:
+            block = first // BLOCK_ELEMENTS
+            scales, codes = coded.scales[block:], coded.codes[block * self._block_bytes :]
+            parts = (part.numpy() for part in (reference[first:end], moved[first:end], copy))
+            return compiled.follow(self._number, scales, codes, *parts)
+
+        for copy in copies:
+            first, end = -_full(-start), _full(start + copy.numel())
+            if end - first < kernels.LEAST_ELEMENTS:
+                rest.append((copy, start))
+            else:
+                finite &= follow(done, first, nowhere) & follow(first, end, copy[first - start : end - start])
+                rest += [(copy[: first - start], start), (copy[end - start :], end)]
+                done = end
+            start += copy.numel()
+        finite &= follow(done, _full(reference.numel()), nowhere) & self._follow_rest(payload, reference, moved)
+        for copy, start in rest:
+            copy.copy_(moved[start : start + copy.numel()])
+        return finite
 
     def step(self, payload: torch.Tensor, w: torch.Tensor, u: torch.Tensor, step: MomentumStep) -> int:
         """Let a checked push enter w and u (float32 [n] each) in one pass.
@@ -244,7 +270,7 @@ class CompiledCodec:
         return kernels.ready(num_elements) if usable else None
 
     def _empty(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.empty(self.encoded_bytes(values.numel()), dtype=torch.uint8)
+        return recycled.empty(self.encoded_bytes(values.numel()), torch.uint8)
 
     def _split(self, payload: torch.Tensor, num_elements: int) -> "_Coded":
         num_blocks = -(-num_elements // BLOCK_ELEMENTS) if self._scaled else 0
@@ -283,5 +309,5 @@ class _Coded:
 
 
 def _full(num_elements: int) -> int:
-    """Elements in full blocks."""
+    """Elements in full blocks: the next lower multiple of a block's."""
     return num_elements - num_elements % BLOCK_ELEMENTS

@@ -18,12 +18,14 @@ Source: EF21, Richtarik et al., arXiv 2106.05203, algorithm 1 in its form for on
 approached. |w - r| stays bounded for every codec that is a contraction, as all lossy ones of this package are.
 """
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 
+from paceline_wire import recycled
 from paceline_wire.codecs.base import Codec
-from paceline_wire.codecs.moves import encode_move, finite_sum, follow_move
+from paceline_wire.codecs.moves import encode_move, finite_sum, follow_move, write_copies
 from paceline_wire.codecs.registry import codec
 from paceline_wire.codecs.whole import encode, payload_tensor
 
@@ -83,7 +85,13 @@ def difference(
 
 
 def followed(
-    codec: Codec, payload: bytes | bytearray | memoryview | torch.Tensor, num_elements: int, held: torch.Tensor
+    codec: Codec,
+    payload: bytes | bytearray | memoryview | torch.Tensor,
+    num_elements: int,
+    held: torch.Tensor,
+    *,
+    in_place: bool = False,
+    copies: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a difference of the other side's leads.
 
@@ -91,7 +99,9 @@ def followed(
         codec: How it is written.
         payload: Its bytes.
         num_elements: Elements that it encodes: those of held, and what is written behind them.
-        held: What both sides hold, float32 [n]; not changed.
+        held: What both sides hold, float32 [n]; not changed, but for in_place.
+        in_place: Whether held may be changed to what they hold then; if this raises, it is of no use.
+        copies: What they hold then is written here as well, see `follow_move`.
 
     Returns:
         What they hold then (float32 [n]), and what is behind the difference (float32 [num_elements - n]).
@@ -101,15 +111,20 @@ def followed(
     """
     coded = payload if isinstance(payload, torch.Tensor) else payload_tensor(payload)
     if num_elements == held.numel():
-        moved = torch.empty_like(held)
-        follow_move(codec, coded, held, moved)
+        moved = held if in_place else _empty_like(held)
+        follow_move(codec, coded, held, moved, copies)
         return moved, moved[num_elements:]
     codec.check(coded, num_elements)
     decoded = torch.empty(num_elements, dtype=torch.float32, device=coded.device)
     codec.decode_range(coded, num_elements, 0, decoded)
     moved = decoded[: held.numel()]
     finite_sum(codec, moved, held, moved)
+    write_copies(moved, copies)
     return moved, decoded[held.numel() :]
+
+
+def _empty_like(values: torch.Tensor) -> torch.Tensor:
+    return recycled.empty(values.numel()) if values.device.type == "cpu" else torch.empty_like(values)
 
 
 class Reference:

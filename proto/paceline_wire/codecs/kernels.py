@@ -32,7 +32,7 @@ _SIGNATURES = {
     "step": f"void(int64, {_FLOATS}, {_BYTES}, {_FLOATS}, {_FLOATS}, {_FLOATS}, float32, float32, {_FLOATS})",
     "compensate": f"void(int64, {_FLOATS}, {_FLOATS}, {_FLOATS}, {_FLOATS}, {_BYTES}, {_FLOATS})",
     "move": f"boolean(int64, {_FLOATS}, {_FLOATS}, {_FLOATS}, {_BYTES}, {_FLOATS})",
-    "follow": f"boolean(int64, {_FLOATS}, {_BYTES}, {_FLOATS}, {_FLOATS})",
+    "follow": f"boolean(int64, {_FLOATS}, {_BYTES}, {_FLOATS}, {_FLOATS}, {_FLOATS})",
 }
 
 

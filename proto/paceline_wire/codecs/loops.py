@@ -509,10 +509,11 @@ def move(kind: int, values: Floats, reference: Floats, scales: Floats, codes: By
     return bool(top < _INFINITY)
 
 
-def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Floats) -> bool:
-    """Write reference plus what scales and codes stand for (float32 [n] each).
+def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Floats, copy: Floats) -> bool:
+    """Write reference plus what scales and codes stand for (float32 [n] each), and that once more to copy.
 
-    moved may be reference itself. Returns whether all of it is finite.
+    moved may be reference itself, and copy may be empty: nothing is written to it then. Returns whether all of it is
+    finite.
     """
     x, size, top = _block(), _block_bytes(kind), np.int32(0)
     for block in range(len(moved) // _E):
@@ -520,4 +521,6 @@ def follow(kind: int, scales: Floats, codes: Bytes, reference: Floats, moved: Fl
         scale = scales[block] if kind >= INT8 else _ONE
         _decode_block(kind, scale, codes[block * size : (block + 1) * size], x)
         top = max(top, _move(x, reference[first:end], moved[first:end]))
+        if len(copy):
+            _copy(x, copy[first:end])
     return bool(top < _INFINITY)

@@ -7,6 +7,8 @@ The two functions change a reference r by the same operations on the same bytes,
 They are what `delta` is made of, for whoever keeps references in memory of their own, in one pass over it.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from paceline_wire.codecs.base import Codec
@@ -48,7 +50,11 @@ def encode_move(
 
 
 def follow_move(
-    codec: Codec, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor | None = None
+    codec: Codec,
+    payload: torch.Tensor,
+    reference: torch.Tensor,
+    moved: torch.Tensor | None = None,
+    copies: Sequence[torch.Tensor] = (),
 ) -> None:
     """Move as a payload of the other side's says.
 
@@ -57,23 +63,35 @@ def follow_move(
         payload: uint8 [any].
         reference: Where both sides are, contiguous float32 [n].
         moved: Where both sides are afterwards is written here, float32 [n]; None: to reference itself.
+        copies: It is written here as well, on the way: contiguous float32 [any] each, one behind the other n elements.
 
     Raises:
-        InvalidInputError: moved is of another shape or type than reference.
+        InvalidInputError: moved is of another shape or type than reference, or copies are not n elements.
         CodecError: The payload is no valid encoding of n elements (nothing is written then), or it leads to infinity
-            (what was written to moved is of no use then).
+            (what was written is of no use then).
     """
     moved = reference if moved is None else moved
     _require_alike(moved, reference)
+    if copies and sum(copy.numel() for copy in copies) != reference.numel():
+        raise InvalidInputError(f"copies of {[copy.numel() for copy in copies]} elements are not {reference.numel()}")
     num_elements = reference.numel()
     codec.check(payload, num_elements)
-    finite = codec.follow_move(payload, reference, moved) if isinstance(codec, CompiledCodec) else None
+    finite = codec.follow_move(payload, reference, moved, copies) if isinstance(codec, CompiledCodec) else None
     if finite is None:
         decoded = torch.empty_like(reference)
         codec.decode_range(payload, num_elements, 0, decoded)
         finite_sum(codec, decoded, reference, moved)
+        write_copies(moved, copies)
     elif not finite:
         raise _beyond(codec)
+
+
+def write_copies(values: torch.Tensor, copies: Sequence[torch.Tensor]) -> None:
+    """Write values (float32 [n]) to copies ([any] each), one behind the other; none of them: nowhere."""
+    start = 0
+    for copy in copies:
+        copy.copy_(values[start : start + copy.numel()])
+        start += copy.numel()
 
 
 def finite_sum(codec: Codec, decoded: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> None:

@@ -14,7 +14,6 @@ Every record has a CRC-32 of its own, since SQLite checks the structure of its p
 import contextlib
 import os
 import sqlite3
-import zlib
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from paceline_server.journal import Record
 from paceline_server.storage.directory import sync_directory
 from paceline_server.storage.encoding import Written, read_record, write_record
+from paceline_wire.checksum import crc32
 from paceline_wire.errors import StorageError, StorageFullError
 
 FORMAT_VERSION = 1
@@ -277,8 +277,8 @@ def _require_sound(path: Path, connection: sqlite3.Connection, good: int) -> Non
 
 
 def _crc32(written: Written) -> int:
-    head = zlib.crc32(written.said, zlib.crc32(written.kind.encode()))
-    return zlib.crc32(written.payload, head)
+    head = crc32(written.said, crc32(written.kind.encode()))
+    return crc32(written.payload, head)
 
 
 def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
