@@ -1,8 +1,8 @@
 """Memory for large tensors that come and go with every fragment: used again once no tensor sees it.
 
-Fresh pages cost four microseconds each on a virtual machine, which for values of 100 million float32 is as much as all
-their arithmetic. malloc gives the same memory again only by chance (memory.py): payloads of other sizes come between,
-and torch asks for aligned blocks, for which glibc before 2.38 does not take a free one of the same size.
+A fresh page costs 1.4 microseconds (measured on a virtual machine): 100 million float32 would be 0.14 seconds. malloc
+gives the same memory again only by chance, whatever its thresholds (memory.py): buffers of other sizes come between. So
+a client's exchange of 100 million parameters faulted in 1,000 to 12,000 pages, where it now mostly faults in none.
 """
 
 import threading
