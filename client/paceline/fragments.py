@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline_wire import recycled
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError
 from paceline_wire.manifest import Fragment, Manifest, TensorSpec
 
@@ -89,8 +88,6 @@ def gather(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.Ten
         tensors[segment.tensor].detach().reshape(-1)[segment.tensor_start : segment.tensor_start + segment.length]
         for segment in fragment.segments
     ]
-    if len(parts) > 1 and all(part.device.type == "cpu" and part.dtype == torch.float32 for part in parts):
-        return torch.cat(parts, out=recycled.empty(fragment.num_elements))
     flat = parts[0] if len(parts) == 1 else torch.cat(parts)
     return flat.to(device="cpu", dtype=torch.float32).contiguous()
 
@@ -126,4 +123,4 @@ class Destination:
 
 def empty_tensors(manifest: Manifest) -> dict[str, torch.Tensor]:
     """Uninitialized float32 tensors of the manifest's names and shapes, on the host."""
-    return {spec.name: recycled.empty(spec.num_elements).view(spec.shape) for spec in manifest.tensors}
+    return {spec.name: torch.empty(spec.shape) for spec in manifest.tensors}

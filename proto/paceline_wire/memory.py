@@ -6,8 +6,6 @@ What it keeps of a phase whose buffers do not come again is given back when that
 import ctypes
 import functools
 
-from paceline_wire.recycled import drop_spare
-
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
@@ -37,7 +35,6 @@ def give_back_free_memory() -> None:
     For the end of a phase whose buffers do not come again: buffers that do would only have to be faulted in anew. Takes
     some milliseconds: call it beside the event loop. Only glibc has it; elsewhere nothing changes.
     """
-    drop_spare()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

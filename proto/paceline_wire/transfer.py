@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from paceline_wire import codecs, recycled
+from paceline_wire import codecs
 from paceline_wire.checksum import crc32
 from paceline_wire.codecs.base import Codec
 from paceline_wire.errors import CodecError, DamagedPayloadError, InvalidInputError
@@ -103,7 +103,7 @@ class Assembly:
         self.codec = codecs.codec_of_wire(announced.codec)
         expected = _expected_bytes(announced, num_elements)
         self._crc32 = announced.crc32 if announced.HasField("crc32") else None
-        self._buffer = recycled.empty(expected, torch.uint8)
+        self._buffer = torch.empty(expected, dtype=torch.uint8)
         self._view = self._buffer.numpy().data
         self._filled = 0
         self._received_crc32 = 0

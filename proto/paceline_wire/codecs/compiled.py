@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paceline_wire import recycled
 from paceline_wire.codecs import fused, kernels
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
 from paceline_wire.codecs.blockwise import BlockwiseCodec
@@ -144,7 +143,7 @@ class CompiledCodec:
         if compiled is None:
             return None
         full, nothing = _full(values.numel()), values[:0]
-        payload, lost = self._empty(values), recycled.empty(values.numel())
+        payload, lost = self._empty(values), torch.empty_like(values)
         require_encodable(self.name, values, payload, payload.numel())
         coded = self._split(payload, values.numel())
         compiled.compensate(
@@ -270,7 +269,7 @@ class CompiledCodec:
         return kernels.ready(num_elements) if usable else None
 
     def _empty(self, values: torch.Tensor) -> torch.Tensor:
-        return recycled.empty(self.encoded_bytes(values.numel()), torch.uint8)
+        return torch.empty(self.encoded_bytes(values.numel()), dtype=torch.uint8)
 
     def _split(self, payload: torch.Tensor, num_elements: int) -> "_Coded":
         num_blocks = -(-num_elements // BLOCK_ELEMENTS) if self._scaled else 0

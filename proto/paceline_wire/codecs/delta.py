@@ -23,7 +23,6 @@ from typing import Final, NamedTuple
 
 import torch
 
-from paceline_wire import recycled
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.moves import encode_move, finite_sum, follow_move, write_copies
 from paceline_wire.codecs.registry import codec
@@ -111,7 +110,7 @@ def followed(
     """
     coded = payload if isinstance(payload, torch.Tensor) else payload_tensor(payload)
     if num_elements == held.numel():
-        moved = held if in_place else _empty_like(held)
+        moved = held if in_place else torch.empty_like(held)
         follow_move(codec, coded, held, moved, copies)
         return moved, moved[num_elements:]
     codec.check(coded, num_elements)
@@ -121,10 +120,6 @@ def followed(
     finite_sum(codec, moved, held, moved)
     write_copies(moved, copies)
     return moved, decoded[held.numel() :]
-
-
-def _empty_like(values: torch.Tensor) -> torch.Tensor:
-    return recycled.empty(values.numel()) if values.device.type == "cpu" else torch.empty_like(values)
 
 
 class Reference:
