@@ -262,7 +262,7 @@ def main() -> None:
 
 
 def _machine() -> dict[str, Any]:
-    names = ("grpcio", "numba", "protobuf", "torch", "uvloop")
+    names = ("grpcio", "isal", "numba", "protobuf", "torch", "uvloop")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",

@@ -43,7 +43,7 @@ PLOT = ROOT / "docs" / "plots" / "growth.png"
 
 MILLION = 1_000_000
 FRAGMENT = 4 * 1024 * 1024
-BYTES_PER_PARAMETER = 64
+BYTES_PER_PARAMETER = 40
 """Memory of client and server together at most, for each parameter of each worker."""
 
 COSTS = {"wall_s": "wall", "client_cpu_s": "CPU, client", "server_cpu_s": "CPU, server"}
@@ -118,6 +118,7 @@ async def measure(point: Point, uplink: str, downlink: str, seconds: float) -> d
                 for number in range(point.workers)
             ]
             await clients[0].initialize(tensors)
+            del tensors
             bases = [await client.fetch() for client in clients]
 
             async def exchange(number: int) -> None:
