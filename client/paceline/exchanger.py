@@ -182,6 +182,12 @@ class Exchanger:
         """The server's parameters as they are now, in every bit: each fragment's values (float32 [n]) and bin."""
         return self._wait_for(self._connected().fetch_all(codecs.codec("fp32")))
 
+    def take_model_back(self) -> None:
+        """Let the training thread use a model that is lent, whose answer it waits for no more."""
+        if self.worker.is_lent:
+            self._wait_for(self._encoded())
+            self.worker.take_back()
+
     def saved(self) -> SavedWorker:
         """All that this worker must remember, at a boundary between two inner steps. Called on the training thread.
 
@@ -274,12 +280,14 @@ class Exchanger:
             _log.warning("the server refused a push, and this worker goes on from the run's state: %s", update.refusal)
         self._count(push, update)
 
+    async def _encoded(self) -> "set[asyncio.Task[_Sent]]":
+        """The encodings that were under way, once they are done."""
+        return (await asyncio.wait(self._encodings))[0] if self._encodings else set()
+
     async def _saved_fragments(self, positions: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[SavedFragment]:
         """Every fragment's state, once the rounds that have ended are encoded: before, their work is nowhere else."""
-        if self._encodings:
-            done, _ = await asyncio.wait(self._encodings)
-            for encoding in done:
-                encoding.result()
+        for encoding in await self._encoded():
+            encoding.result()
         return await asyncio.gather(*(self._saved_fragment(index, *each) for index, each in enumerate(positions)))
 
     async def _saved_fragment(self, index: int, start: torch.Tensor, values: torch.Tensor) -> SavedFragment:

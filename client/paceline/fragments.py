@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from paceline_wire.codecs.moves import write_copies
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError
 from paceline_wire.manifest import Fragment, Manifest, TensorSpec
 
@@ -94,10 +95,7 @@ def gather(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.Ten
 
 def scatter(fragment: Fragment, values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a fragment's values (float32 [n]) to contiguous tensors."""
-    for segment in fragment.segments:
-        part = values[segment.fragment_start : segment.fragment_start + segment.length]
-        flat = tensors[segment.tensor].view(-1)
-        flat[segment.tensor_start : segment.tensor_start + segment.length].copy_(part)
+    write_copies(values, Destination(fragment=fragment, tensors=tensors).parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -44,6 +44,7 @@ class FragmentState:
 
     Attributes:
         place: Where the exchange works on it.
+        is_contiguous: Whether all its tensors are.
 
     Args:
         fragment: Its place in the plan.
@@ -59,6 +60,7 @@ class FragmentState:
             _Piece(tensors[segment.tensor], segment.tensor_start, segment.fragment_start, segment.length)
             for segment in fragment.segments
         ]
+        self.is_contiguous = all(piece.inside() is not None for piece in self._pieces)
         self._device = device_of(fragment, tensors)
         self.place = place or Place(self._device)
 

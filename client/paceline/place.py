@@ -127,8 +127,10 @@ def _streams_of(device: torch.device) -> Any:
 
 
 def _written(stream: torch.Stream) -> torch.Event:
-    """Comes once all that the stream was asked so far is done; who waits for it on the host sleeps."""
-    event = torch.Event(stream.device, blocking=True)
+    """Comes once all that the stream was asked so far is done."""
+    # Who waits for one of CUDA's on the host sleeps; torch.Event would keep a core busy meanwhile.
+    is_cuda = stream.device.type == "cuda"
+    event: torch.Event = torch.cuda.Event(blocking=True) if is_cuda else torch.Event(stream.device)  # type: ignore[no-untyped-call]  # torch has no types here
     event.record(stream)
     return event
 

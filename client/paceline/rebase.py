@@ -37,6 +37,7 @@ class RoundStart:
         self._moves = 0
         self._rounds = 0
         self._proposal: _Proposal | None = None
+        self._is_lent = False
 
     @property
     def current(self) -> Handed:
@@ -104,12 +105,38 @@ class RoundStart:
                 moved = self._state.read().take() - before
                 self._start = self._state.place.hand_over(self._start.take() + moved)
 
-    def set(self, start: torch.Tensor) -> None:
-        """Set the model to a start (float32 [n] at the place), while it stands still. Called on the exchange thread."""
+    def lend(self) -> Handed:
+        """Let the exchange set the model to the next start; returns the start of the round that ends.
+
+        Called on the training thread, which must not use the model until `take_back`.
+        """
         with self._lock:
-            self._start = self._state.write(start)
+            self._is_lent = True
+            return self._start
+
+    def answer(self, start: torch.Tensor, *, replace: bool) -> None:
+        """Set a model that is lent to a new start (float32 [n] at the place), or propose it, see `propose`.
+
+        Of a tensor that is scattered in memory each write rewrites the whole, so only the training thread may do that.
+        """
+        with self._lock:
+            is_lent = self._is_lent
+            if is_lent and self._state.is_contiguous:
+                self._start = self._state.write(start)
+                self._moves += 1
+                self._proposal = None
+                self._is_lent = False
+                return
+        self.propose(start, replace=replace or is_lent)
+
+    def take_back(self) -> None:
+        """Lend the model no longer; if it was not set, it goes on where it is. Called on the training thread."""
+        with self._lock:
+            if not self._is_lent:
+                return
+            self._is_lent = False
+            self._start = self._state.read()
             self._moves += 1
-            self._proposal = None
 
     def end_round(self, end: Handed) -> Handed:
         """Begin the next round at the model's present values; returns the start of the round that ends."""

@@ -143,6 +143,8 @@ class Run:
             self._wait_for_room(self._exchanger.window)
             self._end_round()
         self._wait_for_room(1)
+        with torch.no_grad():
+            self._worker.adopt()
         self._worker.adopt_canonical(self._exchanger.fetch_canonical())
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,12 +210,10 @@ class Run:
             self.close()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """The optimizer-step boundary: the only place where the run touches the model."""
+        """The optimizer-step boundary: the only place where the model changes but by inner steps."""
         if _skipped_by_scaler(optimizer):
             return
         self._time_step()
-        if self._worker.stands_still:  # a wait for an answer was interrupted, and the script went on
-            self._wait_for_room(1)
         self._worker.after_step()
         with torch.no_grad():
             self._worker.adopt()
@@ -240,15 +240,23 @@ class Run:
     def _wait_for_room(self, window: int) -> None:
         """Wait until fewer than window rounds are in flight; raises what ended the exchange, if something did."""
         began_s = time.perf_counter()
-        while self._in_flight and (len(self._in_flight) >= window or self._in_flight[0].done()):
-            try:
-                self._in_flight[0].result(_PATIENCE_S)
-            except TimeoutError:
-                waited_s = time.perf_counter() - began_s
-                _log.warning("round %d waits for its answer for %.0f s now", self.round, waited_s)
-                continue
-            self._in_flight.popleft()
+        try:
+            while self._in_flight and (len(self._in_flight) >= window or self._in_flight[0].done()):
+                self._wait_for_oldest(began_s)
+        except BaseException:  # also whoever interrupts the wait: the script has its model again
+            self._exchanger.take_model_back()
+            raise
         self._stalled_s += time.perf_counter() - began_s
+
+    def _wait_for_oldest(self, began_s: float) -> None:
+        """Wait a while for the oldest round in flight; its warning counts from began_s."""
+        try:
+            self._in_flight[0].result(_PATIENCE_S)
+        except TimeoutError:
+            waited_s = time.perf_counter() - began_s
+            _log.warning("round %d waits for its answer for %.0f s now", self.round, waited_s)
+            return
+        self._in_flight.popleft()
 
     def _time_step(self) -> None:
         if self._step_began_s is None:

@@ -113,7 +113,7 @@ class EndedFragment:
 
     Attributes:
         start: Where it began.
-        end: Where it ended; None: where the model is, which stands still until the answer.
+        end: Where it ended; None: where the model is, which is lent.
         local_momentum: The momentum of its inner steps; None where the run does not order it.
     """
 
@@ -175,7 +175,7 @@ class Worker:
         self._num_workers = num_workers
         self._settings = settings
         self._untouched = True
-        self._stands_still = False
+        self._is_lent = False
         self._tokens: int | None = None
         self._plan = manifest.fragments
         self._places = places or places_of(manifest, tensors)
@@ -213,9 +213,9 @@ class Worker:
         return self._untouched
 
     @property
-    def stands_still(self) -> bool:
-        """Whether the exchange reads and sets the model itself until the round that has ended is answered."""
-        return self._stands_still
+    def is_lent(self) -> bool:
+        """Whether the exchange reads and sets the model itself, and the training thread must not use it."""
+        return self._is_lent
 
     @property
     def tokens(self) -> int | None:
@@ -236,13 +236,23 @@ class Worker:
         return self.steps_in_round >= (own_inner_steps or self.inner_steps)
 
     def adopt(self) -> None:
-        """Take what has been proposed, at a boundary between two inner steps; a model that stood still goes on."""
-        if self._stands_still:
-            self._stands_still = False
-            for place in set(self._places):
-                place.take_model_back()
+        """Take what has been proposed, at a boundary between two inner steps, and the model back if it was lent."""
+        self.take_back()
         for start in self._starts:
             start.adopt(untouched=self._untouched)
+
+    def take_back(self) -> None:
+        """Take back a model that is lent: the exchange sets it no more, and proposes what has not come yet.
+
+        Not before the round that has ended is encoded: its end is where the model is.
+        """
+        if not self._is_lent:
+            return
+        for start in self._starts:
+            start.take_back()
+        for place in set(self._places):
+            place.take_model_back()
+        self._is_lent = False
 
     def end_round(self, local_momentum: Mapping[str, torch.Tensor] | None = None) -> EndedRound:
         """End the round where the model is, and begin the next there.
@@ -274,10 +284,10 @@ class Worker:
     def _ended(self) -> tuple[list[Handed], list[Handed | None]]:
         """Where each fragment's round started, and where it ended."""
         if self._settings.overlap is Overlap.BLOCKING:
-            self._stands_still = True
+            self._is_lent = True
             for place in set(self._places):
                 place.lend_model()
-            return [start.current for start in self._starts], [None] * len(self._starts)
+            return [start.lend() for start in self._starts], [None] * len(self._starts)
         ends = [state.read() for state in self._states]
         return [start.end_round(end) for start, end in zip(self._starts, ends, strict=True)], [*ends]
 
@@ -309,10 +319,7 @@ class Worker:
             fragment.adapt(lr=lr, momentum=momentum)
         fragment.receive(seq, update.values, update.bin, applied=applied, momentum=update.server_momentum)
         with self._places[index].stream():
-            if self._stands_still:
-                self._starts[index].set(fragment.new_start())
-            else:
-                self._starts[index].propose(fragment.new_start(), replace=not applied)
+            self._starts[index].answer(fragment.new_start(), replace=not applied)
         if index == 0:
             self.inner_steps = update.inner_steps
             self._num_workers = update.quota
@@ -344,7 +351,8 @@ class Worker:
     def memory(self, index: int) -> FragmentMemory:
         """What is remembered of the pushes to a fragment, on the host; not while `prepare` or `take_in` works on it."""
         with self._places[index].stream():
-            return self._fragments[index].state.moved(self._places[index].to_host)
+            # Not through pinned memory, of which torch keeps for good what a checkpoint takes once.
+            return self._fragments[index].state.moved(torch.Tensor.cpu)
 
     def restore(
         self, saved: SavedWorker, bases: Sequence[tuple[torch.Tensor, int]], progress: Sequence[Progress]

@@ -1,6 +1,7 @@
 """The passes that a GPU makes over a whole fragment: the plain codecs' bits, by operations and compiled."""
 
 import shutil
+from typing import NoReturn
 
 import pytest
 import torch
@@ -103,6 +104,42 @@ def test_compiled_passes_have_the_same_bits() -> None:
     payload, expected = fused.compensate(codec, values.reshape(-1), minus.reshape(-1), None)
     assert torch.equal(codec.split(payload, 300 * 256)[1], codes)
     assert torch.equal(expected, lost.reshape(-1))
+
+
+def test_passes_that_fail_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler raises in the midst of an exchange is logged, and the operations do the same from then on."""
+    device, values = torch.device("cpu"), normal(512, 1)
+
+    def fails(*_: object) -> NoReturn:
+        raise RuntimeError("recompile limit")
+
+    given: list[fused._Passes] = []
+
+    def passes(*_: object) -> fused._Passes:
+        given.append(fused._compiled.get(device, fused._OPERATIONS))
+        return given[-1]
+
+    broken = fused._Passes(fails, fails, fails)
+    monkeypatch.setitem(fused._compiled, device, broken)
+    monkeypatch.setattr(fused, "_passes", passes)
+    expected = compensate(Int8Codec(), values)
+    for _ in range(2):
+        payload, _ = fused.compensate(Int8Codec(), values, None, None)
+        assert torch.equal(expected.payload, payload)
+    assert device not in fused._compiled
+    monkeypatch.setitem(fused._compiled, device, broken)
+    moved = torch.empty_like(values)
+    assert fused.follow_move(Int8Codec(), expected.payload, values, moved)
+    assert torch.equal(values + expected.decode(), moved)
+    assert given == [broken, fused._OPERATIONS, broken]
+
+
+def test_few_elements_do_not_begin_to_compile() -> None:
+    """On the processor, and for small fragments on any device, the operations are used, and nothing is loaded."""
+    begun = set(fused._begun)
+    assert fused._passes(torch.device("cpu"), 1 << 24) is fused._OPERATIONS
+    assert fused._passes(torch.device("meta"), fused.LEAST_BLOCKS * BLOCK_ELEMENTS - 1) is fused._OPERATIONS
+    assert fused._begun == begun
 
 
 def test_passes_that_differ_in_a_bit_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

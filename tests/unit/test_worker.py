@@ -108,22 +108,67 @@ def test_blocking_workers_stay_until_the_answer() -> None:
 
 
 @pytest.mark.parametrize("refusal", [None, "it has an infinity"])
-def test_the_exchange_sets_a_model_that_stands_still(refusal: str | None) -> None:
+def test_the_exchange_sets_a_model_that_is_lent(refusal: str | None) -> None:
     """A blocking worker's model is read where it is and set as answers come; the next round starts there."""
     logic, tensors = worker(settings(overlap=Overlap.BLOCKING))
     work = normal(SIZE, 3)
     tensors["w"] -= work
     logic.after_step(3)
     ended = logic.end_round()
-    assert logic.stands_still
+    assert logic.is_lent
     push = logic.prepare(0, ended)
     assert torch.equal(work, decoded(push.payload))
     logic.take_in(0, push.seq, update(normal(SIZE, 4), refusal=refusal))
     assert torch.equal(normal(SIZE, 4), tensors["w"])
     logic.adopt()
-    assert not logic.stands_still
+    assert not logic.is_lent
     tensors["w"] -= work
     assert torch.equal(normal(SIZE, 4) - tensors["w"], decoded(logic.prepare(0, logic.end_round()).payload))
+
+
+def test_only_the_training_thread_sets_a_tensor_that_is_scattered_in_memory() -> None:
+    """Each write of its fragments rewrites all of such a tensor, so none of them may be set beside another."""
+    tensors = {"w": normal(2 * 256, 1).reshape(256, 2).T}
+    manifest = manifest_of(tensors, (), 256)
+    bases = [(torch.zeros(256), 0)] * 2
+    logic = Worker(settings(overlap=Overlap.BLOCKING), manifest, tensors, bases, inner_steps=3, num_workers=2)
+    tensors["w"] += 1.0
+    logic.after_step(3)
+    ended = logic.end_round()
+    pushes = [logic.prepare(index, ended) for index in range(2)]
+    for index, push in enumerate(pushes):
+        logic.take_in(index, push.seq, update(torch.full((256,), 4.0 + index)))
+    assert torch.equal(torch.ones(2, 256), tensors["w"])
+    logic.adopt()
+    assert torch.equal(torch.tensor([[4.0], [5.0]]).expand(2, 256), tensors["w"])
+
+
+def test_a_model_that_was_taken_back_is_not_set_any_more() -> None:
+    """After a wait that broke off the model is the script's: what comes then is proposed, and no inner step is lost."""
+    tensors = {"v": normal(SIZE, 1), "w": normal(256, 2)}
+    manifest = manifest_of(tensors, (), 256)
+    bases = [(torch.zeros(fragment.num_elements), 0) for fragment in manifest.fragments]
+    logic = Worker(settings(overlap=Overlap.BLOCKING), manifest, tensors, bases, inner_steps=3, num_workers=2)
+    sizes = [fragment.num_elements for fragment in manifest.fragments]
+    for tensor in tensors.values():
+        tensor += 8.0
+    logic.after_step(3)
+    ended = logic.end_round()
+    pushes = [logic.prepare(index, ended) for index in range(2)]
+    logic.take_in(0, pushes[0].seq, update(torch.full((sizes[0],), 2.0)))
+    logic.take_back()
+    before = [tensor.clone() for tensor in tensors.values()]
+    for tensor in tensors.values():
+        tensor += 1.0
+    logic.after_step()
+    logic.take_in(1, pushes[1].seq, update(torch.full((sizes[1],), 4.0)))
+    assert all(torch.equal(old + 1.0, tensor) for old, tensor in zip(before, tensors.values(), strict=True))
+    logic.adopt()
+    values = torch.cat([tensors["v"], tensors["w"]])
+    assert torch.equal(torch.cat((torch.full((sizes[0],), 3.0), torch.full((sizes[1],), 5.0))), values)
+    ended = logic.end_round()
+    gradients = [decoded(logic.prepare(index, ended).payload) for index in range(2)]
+    assert torch.equal(torch.full((SIZE + 256,), -1.0), torch.cat(gradients))
 
 
 def test_an_answer_to_an_earlier_start_does_not_set_the_model_under_inner_steps() -> None:

@@ -1,10 +1,10 @@
 """The blockwise codecs' passes over a whole fragment on a GPU: torch operations, compiled where that can be.
 
 `loops` does the same on the processor. torch.compile makes kernels of these functions where Triton is, in a thread of
-its own that begins with the first fragment; until then, and without it, torch runs operation by operation. What comes
-out is the same in every bit: divisions, which compilers for GPUs round otherwise, stay outside of what is compiled,
-and v * step is exact, so that a fused multiply-add changes nothing. What was compiled is tried against the operations
-before it is used.
+its own that begins with the first large fragment; until then, and without it, torch runs operation by operation. What
+comes out is the same in every bit: divisions, which compilers for GPUs round otherwise, stay outside of what is
+compiled, and v * step is exact, so that a fused multiply-add changes nothing. What was compiled is tried against the
+operations before it is used.
 """
 
 import logging
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from paceline_wire.codecs.base import BLOCK_ELEMENTS
 from paceline_wire.codecs.blockwise import BlockwiseCodec, Fp4Codec, Int4Codec, Int8Codec, blocks_of
@@ -21,7 +22,11 @@ from paceline_wire.codecs.buffers import byte_view, require_encodable, typed_vie
 
 _log = logging.getLogger(__name__)
 
-_TRIED_BLOCKS = 64
+LEAST_BLOCKS = 256
+"""Blocks from which the compiled passes are used: fewer take no time, and each other shape would be compiled anew."""
+
+_TRIED_MAGNITUDES = (1.0, 0.0, 1e-3, 1e-42, 1e-36, 1e20)
+"""Of the numbers on which compiled passes are tried, block after block: ordinary, zero, subnormal, nearly so, large."""
 
 # Shapes: n elements in B blocks of E = BLOCK_ELEMENTS, the last one padded with zeros; C code bytes in a block.
 
@@ -43,10 +48,40 @@ def compensate(
     Raises:
         InvalidInputError: values are not as said.
     """
+    passes = _passes(values.device, values.numel())
+    try:
+        return _compensated(passes, codec, values, minus, residual)
+    except Exception:
+        if not _gave_up(passes, values.device):
+            raise
+        return _compensated(_OPERATIONS, codec, values, minus, residual)
+
+
+def follow_move(codec: BlockwiseCodec, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> bool:
+    """Write reference plus what a checked payload decodes to (contiguous float32 [n] each) to moved.
+
+    Returns:
+        Whether moved is finite.
+    """
+    passes = _passes(reference.device, reference.numel())
+    try:
+        return _moved(passes, codec, payload, reference, moved)
+    except Exception:
+        if not _gave_up(passes, reference.device):
+            raise
+        return _moved(_OPERATIONS, codec, payload, reference, moved)
+
+
+def _compensated(
+    passes: _Passes,
+    codec: BlockwiseCodec,
+    values: torch.Tensor,
+    minus: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_elements = values.numel()
     payload = torch.empty(codec.encoded_bytes(num_elements), dtype=torch.uint8, device=values.device)
     require_encodable(codec.name, values, payload, payload.numel())
-    passes = _passes(values.device)
     others = (None if other is None else blocks_of(other) for other in (minus, residual))
     blocks, absmax = passes.combined(blocks_of(values), *others)
     scales, inverses = codec.factors(absmax)
@@ -57,16 +92,13 @@ def compensate(
     return payload, lost.view(-1)[:num_elements]
 
 
-def follow_move(codec: BlockwiseCodec, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> bool:
-    """Write reference plus what a checked payload decodes to (contiguous float32 [n] each) to moved.
-
-    Returns:
-        Whether moved is finite.
-    """
+def _moved(
+    passes: _Passes, codec: BlockwiseCodec, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor
+) -> bool:
     num_elements = reference.numel()
     scales, codes = codec.split(payload, num_elements)
     steps = codec.steps(typed_view(scales, torch.float32))
-    followed = _passes(reference.device).followed(codec, codes, steps, blocks_of(reference))
+    followed = passes.followed(codec, codes, steps, blocks_of(reference))
     moved.copy_(followed.view(-1)[:num_elements])
     return num_elements == 0 or bool(torch.stack(torch.aminmax(moved)).isfinite().all())
 
@@ -112,23 +144,38 @@ _begun: set[torch.device] = set()
 _compiled: dict[torch.device, _Passes] = {}
 
 
-def _passes(device: torch.device) -> _Passes:
-    """The passes on a device as they can be had now. Returns at once; the first call for a GPU begins to compile."""
-    if device.type == "cpu" or device in _compiled:
-        return _compiled.get(device, _OPERATIONS)
+def _passes(device: torch.device, num_elements: int) -> _Passes:
+    """The passes that can be had now. Returns at once; the first call for many elements on a GPU begins to compile."""
+    if device.type == "cpu" or num_elements < LEAST_BLOCKS * BLOCK_ELEMENTS:
+        return _OPERATIONS
     with _lock:
         if device not in _begun:
             _begun.add(device)
             threading.Thread(target=_load, args=(device,), name="paceline-compile", daemon=True).start()
-    return _OPERATIONS
+        return _compiled.get(device, _OPERATIONS)
+
+
+def _gave_up(passes: _Passes, device: torch.device) -> bool:
+    """Whether it was compiled passes that failed; nobody gets them any more."""
+    if passes is _OPERATIONS:
+        return False
+    _log.warning("what torch compiled for %s failed; it encodes there operation by operation", device, exc_info=True)
+    with _lock:
+        _compiled.pop(device, None)
+    return True
 
 
 def _load(device: torch.device) -> None:
     if find_spec("triton") is None:
         _log.info("Triton is not installed, so torch encodes and decodes on %s operation by operation", device)
         return
+    # Torch compiles anew for a thread with another number of threads below it; those that encode have none.
+    torch.get_num_threads()
+    threadpool_limits(limits=1, user_api="openmp")
     try:
-        _compiled[device] = compiled(device)
+        passes = compiled(device)
+        with _lock:
+            _compiled[device] = passes
     except Exception:  # noqa: BLE001  # whatever a compiler raises: the operations do the same
         _log.warning("torch cannot compile for %s and encodes there operation by operation", device, exc_info=True)
 
@@ -143,8 +190,9 @@ def compiled(device: torch.device) -> _Passes:
     passes = _Passes(combined=_kernel(_combined), quantized=_kernel(_quantized), followed=_kernel(_followed))
     generator = torch.Generator().manual_seed(0)
     for codec in (Int8Codec(), Int4Codec(), Fp4Codec()):
-        for num_blocks in (_TRIED_BLOCKS, _TRIED_BLOCKS + 1):
-            drawn = (torch.randn(num_blocks, BLOCK_ELEMENTS, generator=generator) for _ in range(3))
+        for num_blocks in (LEAST_BLOCKS, LEAST_BLOCKS + 1):
+            magnitudes = torch.tensor(_TRIED_MAGNITUDES).repeat(num_blocks)[:num_blocks, None]
+            drawn = (torch.randn(num_blocks, BLOCK_ELEMENTS, generator=generator) * magnitudes for _ in range(3))
             _require_same(passes, codec, *(each.to(device) for each in drawn))
     return passes
 
