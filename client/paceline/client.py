@@ -16,8 +16,8 @@ from paceline.fragments import (
     Destination,
     empty_tensors,
     exchanged,
-    gather,
     manifest_of,
+    parts_of,
     require_values,
     scatter,
 )
@@ -232,9 +232,9 @@ class _Contribution:
 
 
 def _encode(uplink: Uplink, fragment: Fragment, contribution: _Contribution, codec: Codec) -> tuple[int, Outgoing]:
-    numbers = gather(fragment, contribution.outer_gradient)
+    numbers = parts_of(fragment, contribution.outer_gradient)
     if contribution.local_momentum is not None and fragment.role == "parameter":
-        numbers = torch.cat((numbers, gather(fragment, contribution.local_momentum)))
+        numbers += parts_of(fragment, contribution.local_momentum)
     push = uplink.encode(numbers)
     return push.seq, outgoing(codec, push.encoded.payload)
 

@@ -22,6 +22,7 @@ import torch
 from paceline.uplink import Uplink, UplinkState, moved
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.feedback import Encoded
+from paceline_wire.codecs.parts import Parts, whole
 
 
 class Estimate(Protocol):
@@ -276,7 +277,11 @@ class WorkerFragment:
         return self._base
 
     def push(
-        self, start: torch.Tensor, end: torch.Tensor, num_workers: int, local_momentum: torch.Tensor | None = None
+        self,
+        start: torch.Tensor,
+        end: torch.Tensor | Parts,
+        num_workers: int,
+        local_momentum: torch.Tensor | None = None,
     ) -> PreparedPush:
         """Encode an outer gradient, start minus end, with what the codec lost of earlier ones; count it as in flight.
 
@@ -285,7 +290,7 @@ class WorkerFragment:
 
         Args:
             start: Where the round started, float32 [n].
-            end: Where it ended, float32 [n].
+            end: Where it ended, float32 [n], in one tensor or in several, one behind the other.
             num_workers: How many share the learning rate.
             local_momentum: The momentum of the inner steps, float32 [n], where the run orders it: encoded after the
                 outer gradient; nothing is expected of it.
@@ -293,7 +298,8 @@ class WorkerFragment:
         if local_momentum is None:
             push = self._uplink.encode(start, minus=end)
         else:
-            push = self._uplink.encode(torch.cat((start - end, local_momentum)))
+            ended = end if isinstance(end, torch.Tensor) else whole(end)
+            push = self._uplink.encode(torch.cat((start - ended, local_momentum)))
         expected = self._estimate.expect(push.encoded, start.numel(), num_workers)
         self._expected[push.seq] = expected if push.seq > self._included_seq else None
         return PreparedPush(seq=push.seq, base_bin=self._bin, payload=push.encoded.payload)

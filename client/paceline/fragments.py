@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline_wire.codecs.moves import write_copies
+from paceline_wire.codecs.parts import whole
 from paceline_wire.errors import InvalidInputError, ManifestMismatchError
 from paceline_wire.manifest import Fragment, Manifest, TensorSpec
 
@@ -85,12 +86,19 @@ def require_values(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> N
 
 def gather(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A fragment's values, contiguous float32 [n] on the host; a view of the tensor where it is one such piece."""
-    parts = [
-        tensors[segment.tensor].detach().reshape(-1)[segment.tensor_start : segment.tensor_start + segment.length]
+    return whole(parts_of(fragment, tensors))
+
+
+def parts_of(fragment: Fragment, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A fragment's values in parts, one behind the other, together float32 [n] on the host; views where they can be."""
+    return [
+        tensors[segment.tensor]
+        .detach()
+        .reshape(-1)[segment.tensor_start : segment.tensor_start + segment.length]
+        .to(device="cpu", dtype=torch.float32)
+        .contiguous()
         for segment in fragment.segments
     ]
-    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return flat.to(device="cpu", dtype=torch.float32).contiguous()
 
 
 def scatter(fragment: Fragment, values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from paceline.place import Handed, Place
+from paceline_wire.codecs.parts import Parts
 from paceline_wire.manifest import Fragment
 
 
@@ -71,13 +72,16 @@ class FragmentState:
             piece.read(flat)
         return self.place.from_model(flat)
 
-    def lent(self) -> Handed:
-        """The values, at the place, of a model that stands still until they have been used.
+    def lent(self) -> Parts:
+        """The values, at the place, of a model that is lent: in the model's own memory if they are there in float32.
 
-        They may be the model's own memory. Called on the exchange thread, within the place's stream.
+        Called on the exchange thread, within the place's stream.
         """
-        inside = self._pieces[0].inside() if len(self._pieces) == 1 and self.is_full_precision else None
-        return self.read() if inside is None else self.place.from_model(inside)
+        inside = [piece.inside() for piece in self._pieces]
+        if not self.is_full_precision or self.place.moves:
+            return [self.read().take()]
+        parts = [part for part in inside if part is not None]
+        return parts if len(parts) == len(inside) else [self.read().take()]
 
     def write(self, values: torch.Tensor) -> Handed:
         """Set the model to values (float32 [n] at the place or on the host). Called where nobody else uses the model.

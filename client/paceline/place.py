@@ -44,6 +44,7 @@ class Place:
 
     Attributes:
         device: Where it keeps, encodes and decodes numbers.
+        moves: Whether that is elsewhere than where the model is.
 
     Args:
         model_device: Where the model is.
@@ -53,7 +54,7 @@ class Place:
     def __init__(self, model_device: torch.device, *, on_host: bool = False) -> None:
         self.device = torch.device("cpu") if on_host else model_device
         self._model_device = model_device
-        self._moves = self.device != model_device
+        self.moves = self.device != model_device
         self._stream: torch.Stream | None = None
         if _has_streams(model_device):
             self._stream = _streams_of(model_device).Stream(model_device)
@@ -83,7 +84,7 @@ class Place:
 
     def from_model(self, values: torch.Tensor) -> Handed:
         """Bring values (float32 [n]) here that the current stream writes where the model is; nobody waits for them."""
-        if not self._moves:
+        if not self.moves:
             return self.hand_over(values)
         if self._stream is None:
             return Handed(values.to(self.device))
@@ -96,7 +97,7 @@ class Place:
 
     def to_model(self, values: torch.Tensor) -> Handed:
         """Send values (float32 [n]) from here to where the model is; called within `stream`."""
-        if not self._moves:
+        if not self.moves:
             return self.hand_over(values)
         if self._stream is None:
             return Handed(values.to(self._model_device))

@@ -7,6 +7,7 @@ import torch
 
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.feedback import Encoded, compensate
+from paceline_wire.codecs.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,8 +71,11 @@ class Uplink:
         self._residuals_in_flight: dict[int, torch.Tensor | None] = {}
         self._seq = 0
 
-    def encode(self, values: torch.Tensor, minus: torch.Tensor | None = None) -> EncodedPush:
-        """Encode an outer gradient, values - minus (float32 [n] each) or values alone, and count it as in flight."""
+    def encode(self, values: torch.Tensor | Parts, minus: torch.Tensor | Parts | None = None) -> EncodedPush:
+        """Encode an outer gradient, values - minus (float32 [n] each, in one tensor or several) or values alone.
+
+        It counts as in flight from then on.
+        """
         residual = self._residuals_in_flight.get(self._seq, self._residual)
         encoded = compensate(self._codec, values, residual, minus=minus)
         self._seq += 1

@@ -299,10 +299,10 @@ class Worker:
         """
         fragment, place, work = self._fragments[index], self._places[index], ended.take(index)
         with place.stream():
-            end = self._states[index].lent() if work.end is None else work.end
+            end = self._states[index].lent() if work.end is None else work.end.take()
             prepared = fragment.push(
                 work.start.take(),
-                end.take(),
+                end,
                 self._num_workers,
                 None if work.local_momentum is None else work.local_momentum.take(),
             )

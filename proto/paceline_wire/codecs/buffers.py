@@ -51,8 +51,8 @@ def require_encodable(name: str, values: torch.Tensor, out: torch.Tensor, num_by
     Raises:
         InvalidInputError: A type, shape or size is wrong; the message says which.
     """
-    _require_flat(name, "values", values, torch.float32)
-    _require_flat(name, "the target", out, torch.uint8)
+    require_flat(name, "values", values, torch.float32)
+    require_flat(name, "the target", out, torch.uint8)
     if out.numel() != num_bytes:
         raise InvalidInputError(
             f"{name}: the encoding of {values.numel()} elements needs {num_bytes} bytes, the target has {out.numel()}"
@@ -81,7 +81,7 @@ def require_range(name: str, num_elements: int, start: int, out: torch.Tensor) -
     Raises:
         CodecError: The range or its target is wrong; the message says how.
     """
-    _require_flat(name, "the target", out, torch.float32, CodecError)
+    require_flat(name, "the target", out, torch.float32, CodecError)
     if start < 0 or start % BLOCK_ELEMENTS or start + out.numel() > num_elements:
         raise CodecError(
             f"{name}: elements {start} to {start + out.numel()} are not a range of {num_elements} "
@@ -89,13 +89,18 @@ def require_range(name: str, num_elements: int, start: int, out: torch.Tensor) -
         )
 
 
-def _require_flat(
+def require_flat(
     name: str,
     what: str,
     tensor: torch.Tensor,
     dtype: torch.dtype,
     error: type[InvalidInputError] = InvalidInputError,
 ) -> None:
+    """Refuse a tensor that is not contiguous dtype [n] without gradient.
+
+    Raises:
+        InvalidInputError: It is not; or the error that was given.
+    """
     if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.requires_grad:
         raise error(
             f"{name}: {what} must be contiguous {dtype} [n] without gradient, not {tensor.dtype} "

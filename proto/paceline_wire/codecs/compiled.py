@@ -17,8 +17,16 @@ import torch
 from paceline_wire.codecs import fused, kernels
 from paceline_wire.codecs.base import BLOCK_ELEMENTS, Codec
 from paceline_wire.codecs.blockwise import BlockwiseCodec
-from paceline_wire.codecs.buffers import byte_view, require_encodable, require_payload, require_range, typed_view
+from paceline_wire.codecs.buffers import (
+    byte_view,
+    require_encodable,
+    require_flat,
+    require_payload,
+    require_range,
+    typed_view,
+)
 from paceline_wire.codecs.kernels import Kernels
+from paceline_wire.codecs.parts import Parts, runs, whole
 from paceline_wire.codecs.whole import encode
 
 _NUMBERS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp4": 4}
@@ -129,37 +137,50 @@ class CompiledCodec:
 
     # --- Beyond the codec interface.
 
-    def compensate(
-        self, values: torch.Tensor, minus: torch.Tensor | None, residual: torch.Tensor | None
-    ) -> Compensated | None:
+    def compensate(self, values: Parts, minus: Parts, residual: torch.Tensor | None) -> Compensated | None:
         """Encode c = values - minus + residual (float32 [n] each, the last two if given), and subtract that from c.
 
         Returns:
             The payload, and what it lacks; None if it cannot.
+
+        Raises:
+            InvalidInputError: A tensor of values is not contiguous float32 [any] without gradient.
         """
-        if values.device.type != "cpu" and isinstance(self.plain, BlockwiseCodec):
-            return Compensated(*fused.compensate(self.plain, values, minus, residual))
-        compiled = self._kernels(values.numel(), values, *(each for each in (minus, residual) if each is not None))
+        if values[0].device.type != "cpu" and isinstance(self.plain, BlockwiseCodec):
+            whole_minus = whole(minus) if minus else None
+            return Compensated(*fused.compensate(self.plain, whole(values), whole_minus, residual))
+        num_elements = sum(part.numel() for part in values)
+        compiled = self._kernels(num_elements, *values, *minus, *(() if residual is None else (residual,)))
         if compiled is None:
             return None
-        full, nothing = _full(values.numel()), values[:0]
-        payload, lost = self._empty(values), torch.empty_like(values)
-        require_encodable(self.name, values, payload, payload.numel())
-        coded = self._split(payload, values.numel())
-        compiled.compensate(
-            self._number,
-            values[:full].numpy(),
-            (nothing if minus is None else minus[:full]).numpy(),
-            (nothing if residual is None else residual[:full]).numpy(),
-            coded.scales,
-            coded.codes,
-            lost[:full].numpy(),
-        )
-        rest = values[full:] if minus is None else values[full:] - minus[full:]
-        rest = rest if residual is None else rest + residual[full:]
+        for part in values:
+            require_flat(self.name, "values", part, torch.float32)
+        if len(values) > 1 and len(minus) > 1:
+            minus = (whole(minus),)
+        scattered = values if len(values) > 1 else minus or values
+        payload, lost = self._empty(num_elements), torch.empty(num_elements)
+        coded, nothing = self._split(payload, num_elements), lost[:0]
+        for run in runs(scattered):
+            block, full = run.first // BLOCK_ELEMENTS, _full(run.end) - run.first
+            added = run.read() if values is scattered else values[0][run.first : run.end]
+            subtracted = run.read() if minus is scattered else (minus or (nothing,))[0][run.first : run.end]
+            carried = nothing if residual is None else residual[run.first : run.end]
+            compiled.compensate(
+                self._number,
+                added[:full].numpy(),
+                subtracted[:full].numpy(),
+                carried[:full].numpy(),
+                coded.scales[block:],
+                coded.codes[block * self._block_bytes :],
+                lost[run.first : run.first + full].numpy(),
+            )
+        # What the last run has of a block that is not full.
+        rest = added[full:] - subtracted[full:] if minus else added[full:]
+        rest = rest if residual is None else rest + carried[full:]
         coded.finish(encode(self.plain, rest))
-        self.plain.decode_range(payload, values.numel(), full, lost[full:])
-        torch.sub(rest, lost[full:], out=lost[full:])
+        lacked = lost[_full(num_elements) :]
+        self.plain.decode_range(payload, num_elements, _full(num_elements), lacked)
+        torch.sub(rest, lacked, out=lacked)
         return Compensated(payload, lost)
 
     def encode_move(
@@ -176,7 +197,7 @@ class CompiledCodec:
         compiled = self._kernels(values.numel(), values, reference, moved)
         if compiled is None:
             return None
-        full, payload = _full(values.numel()), self._empty(values)
+        full, payload = _full(values.numel()), self._empty(values.numel())
         require_encodable(self.name, values, payload, payload.numel())
         coded = self._split(payload, values.numel())
         finite = compiled.move(
@@ -209,27 +230,21 @@ class CompiledCodec:
         compiled = self._kernels(reference.numel(), payload, reference, moved, *copies)
         if compiled is None:
             return None
-        coded, finite, done, start = self._split(payload, reference.numel()), True, 0, 0
-        nowhere, rest = reference[:0], list[tuple[torch.Tensor, int]]()
-
-        def follow(first: int, end: int, copy: torch.Tensor) -> bool:
-            block = first // BLOCK_ELEMENTS
+        coded, finite, nowhere = self._split(payload, reference.numel()), True, reference[:0]
+        cut = runs(copies or (reference,))
+        for run in cut:
+            here, block, full = (
+                slice(run.first, _full(run.end)),
+                run.first // BLOCK_ELEMENTS,
+                _full(run.end) - run.first,
+            )
+            copy = nowhere if run.inside is None or not copies else run.inside[:full]
             scales, codes = coded.scales[block:], coded.codes[block * self._block_bytes :]
-            parts = (part.numpy() for part in (reference[first:end], moved[first:end], copy))
-            return compiled.follow(self._number, scales, codes, *parts)
-
-        for copy in copies:
-            first, end = -_full(-start), _full(start + copy.numel())
-            if end - first < kernels.LEAST_ELEMENTS:
-                rest.append((copy, start))
-            else:
-                finite &= follow(done, first, nowhere) & follow(first, end, copy[first - start : end - start])
-                rest += [(copy[: first - start], start), (copy[end - start :], end)]
-                done = end
-            start += copy.numel()
-        finite &= follow(done, _full(reference.numel()), nowhere) & self._follow_rest(payload, reference, moved)
-        for copy, start in rest:
-            copy.copy_(moved[start : start + copy.numel()])
+            parts = (part.numpy() for part in (reference[here], moved[here], copy))
+            finite &= compiled.follow(self._number, scales, codes, *parts)
+        finite &= self._follow_rest(payload, reference, moved)
+        for run in cut if copies else ():
+            run.write(moved[run.first : run.end], 0 if run.inside is None else _full(run.end) - run.first)
         return finite
 
     def step(self, payload: torch.Tensor, w: torch.Tensor, u: torch.Tensor, step: MomentumStep) -> int:
@@ -268,8 +283,8 @@ class CompiledCodec:
             usable = all(tensor.data_ptr() % _FLOAT_BYTES == 0 for tensor in tensors)
         return kernels.ready(num_elements) if usable else None
 
-    def _empty(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.empty(self.encoded_bytes(values.numel()), dtype=torch.uint8)
+    def _empty(self, num_elements: int) -> torch.Tensor:
+        return torch.empty(self.encoded_bytes(num_elements), dtype=torch.uint8)
 
     def _split(self, payload: torch.Tensor, num_elements: int) -> "_Coded":
         num_blocks = -(-num_elements // BLOCK_ELEMENTS) if self._scaled else 0

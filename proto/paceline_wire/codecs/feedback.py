@@ -28,6 +28,7 @@ import torch
 from paceline_wire.codecs.base import Codec
 from paceline_wire.codecs.buffers import chunk_elements, chunks
 from paceline_wire.codecs.compiled import CompiledCodec
+from paceline_wire.codecs.parts import Parts, difference_of
 from paceline_wire.codecs.whole import encode
 from paceline_wire.errors import CodecError, InvalidInputError
 
@@ -72,7 +73,11 @@ class Encoded:
 
 
 def compensate(
-    codec: Codec, values: torch.Tensor, residual: torch.Tensor | None = None, *, minus: torch.Tensor | None = None
+    codec: Codec,
+    values: torch.Tensor | Parts,
+    residual: torch.Tensor | None = None,
+    *,
+    minus: torch.Tensor | Parts | None = None,
 ) -> Encoded:
     """Encode values plus what the last acknowledged message lacked.
 
@@ -82,30 +87,46 @@ def compensate(
 
     Args:
         codec: Writes the payload.
-        values: The new message, contiguous float32 [n]. May be infinite or NaN, which gives `finite` = False.
+        values: The new message, contiguous float32 [n], in one tensor or in several, one behind the other. May be
+            infinite or NaN, which gives `finite` = False.
         residual: The last acknowledged `Encoded.residual` of this fragment, float32 [n] on the same device.
-        minus: Is subtracted from values first, float32 [n] on the same device; None: nothing.
+        minus: Is subtracted from values first, float32 [n] on the same device, in one tensor or in several; None:
+            nothing.
 
     Raises:
         InvalidInputError: values are not as said, or the residual or minus is of another shape.
     """
-    for name, other in (("residual", residual), ("subtrahend", minus)):
-        if other is not None and (other.shape != values.shape or other.dtype != values.dtype):
-            raise InvalidInputError(
-                f"the {name} {other.dtype} {list(other.shape)} does not belong to "
-                f"values {values.dtype} {list(values.shape)}"
-            )
+    added = [values] if isinstance(values, torch.Tensor) else values
+    subtracted = [minus] if isinstance(minus, torch.Tensor) else minus or ()
+    num_elements = sum(part.numel() for part in added)
+    _require_alike("residual", () if residual is None else (residual,), added, num_elements)
+    _require_alike("subtrahend", subtracted, added, num_elements)
     done = (
-        codec.compensate(values, minus, residual) if isinstance(codec, CompiledCodec) and not codec.lossless else None
+        codec.compensate(added, subtracted, residual)
+        if isinstance(codec, CompiledCodec) and not codec.lossless
+        else None
     )
-    payload, lost = done or _compensated(codec, values if minus is None else values - minus, residual)
+    payload, lost = done or _compensated(codec, difference_of(added, subtracted), residual)
     try:
-        codec.check(payload, values.numel())
+        codec.check(payload, num_elements)
     except CodecError:
         finite, lost = False, residual
     else:
         finite = True
-    return Encoded(codec=codec, num_elements=values.numel(), payload=payload, residual=lost, finite=finite)
+    return Encoded(codec=codec, num_elements=num_elements, payload=payload, residual=lost, finite=finite)
+
+
+def _require_alike(name: str, others: Parts, values: Parts, num_elements: int) -> None:
+    """Refuse what does not belong to values.
+
+    Raises:
+        InvalidInputError: It has another size or type.
+    """
+    found = sum(other.numel() for other in others)
+    if others and (found != num_elements or any(other.dtype != values[0].dtype for other in others)):
+        raise InvalidInputError(
+            f"the {name} {others[0].dtype} [{found}] does not belong to values {values[0].dtype} [{num_elements}]"
+        )
 
 
 def _compensated(
