@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 import paceline
 from paceline_server.processes import ShardProcesses
 from paceline_server.settings import config_from_mapping
+from paceline_wire.memory import give_back_free_memory
 from resident import cpu_s, peak_resident_mib
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,7 @@ def series(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         measured.append(asyncio.run(measure(point, arguments.uplink, arguments.downlink, arguments.seconds)))
         gc.collect()  # a client's buffers are large: the next point's must not come on top of them
+        give_back_free_memory()
         print(f"{name}: {json.dumps(measured[-1])}", file=sys.stderr)
     return {
         "name": name,
