@@ -144,6 +144,8 @@ def test_a_wait_that_was_interrupted_loses_nothing(address: str, monkeypatch: py
         assert not run._worker.is_lent
         optimizer.zero_grad()
         wait_until(lambda: run.stats().rounds == 1)
+        with torch.no_grad():
+            run._worker.adopt()  # what the next step would take of answers that came after the interruption
         train(twin, twin_optimizer, first_step=0)
         outer.end_round()
         train(model, optimizer, first_step=INNER_STEPS)
