@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -21,6 +21,7 @@ from paceline_wire.codecs.blockwise import BlockwiseCodec, Fp4Codec, Int4Codec, 
 from paceline_wire.codecs.buffers import byte_view, require_encodable, typed_view
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 LEAST_BLOCKS = 256
 """Blocks from which the compiled passes are used: fewer take no time, and each other shape would be compiled anew."""
@@ -48,13 +49,7 @@ def compensate(
     Raises:
         InvalidInputError: values are not as said.
     """
-    passes = _passes(values.device, values.numel())
-    try:
-        return _compensated(passes, codec, values, minus, residual)
-    except Exception:
-        if not _gave_up(passes, values.device):
-            raise
-        return _compensated(_OPERATIONS, codec, values, minus, residual)
+    return _done(values, lambda passes: _compensated(passes, codec, values, minus, residual))
 
 
 def follow_move(codec: BlockwiseCodec, payload: torch.Tensor, reference: torch.Tensor, moved: torch.Tensor) -> bool:
@@ -63,13 +58,18 @@ def follow_move(codec: BlockwiseCodec, payload: torch.Tensor, reference: torch.T
     Returns:
         Whether moved is finite.
     """
-    passes = _passes(reference.device, reference.numel())
+    return _done(reference, lambda passes: _moved(passes, codec, payload, reference, moved))
+
+
+def _done(values: torch.Tensor, work: Callable[[_Passes], _Result]) -> _Result:
+    """Do work on values with the passes that can be had now; once more, by operations, if compiled ones fail."""
+    passes = _passes(values.device, values.numel())
     try:
-        return _moved(passes, codec, payload, reference, moved)
+        return work(passes)
     except Exception:
-        if not _gave_up(passes, reference.device):
+        if not _gave_up(passes, values.device):
             raise
-        return _moved(_OPERATIONS, codec, payload, reference, moved)
+        return work(_OPERATIONS)
 
 
 def _compensated(
