@@ -82,6 +82,15 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.003)
 
 
+def twins(
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+) -> list[tuple[Network, torch.optim.Optimizer]]:
+    """Two equal models, each with an optimizer of its own."""
+    torch.manual_seed(0)
+    model = Network()
+    return [(each, build(each)) for each in (model, copy.deepcopy(model))]
+
+
 @pytest.fixture
 def address() -> Iterator[str]:
     """A server whose answers lose nothing, with fragments so small that every larger tensor lies in several."""
@@ -105,10 +114,7 @@ def test_blocking_join_equals_training_alone_with_outer_steps(
     build: Callable[[nn.Module], torch.optim.Optimizer], address: str
 ) -> None:
     """After every round, parameters, buffers and the optimizer's state have the bits of training without Paceline."""
-    torch.manual_seed(0)
-    model = Network()
-    twin = copy.deepcopy(model)
-    optimizer, twin_optimizer = build(model), build(twin)
+    (model, optimizer), (twin, twin_optimizer) = twins(build)
     outer = OuterSteps(twin)
     with paceline.join(address, model, optimizer, inner_steps=INNER_STEPS, overlap="blocking") as run:
         for number in range(ROUNDS):
@@ -123,10 +129,7 @@ def test_blocking_join_equals_training_alone_with_outer_steps(
 
 def test_a_wait_that_was_interrupted_loses_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the wait for an answer, in a notebook that goes on: no round and no inner step is lost or doubled."""
-    torch.manual_seed(0)
-    model = Network()
-    twin = copy.deepcopy(model)
-    optimizer, twin_optimizer = sgd(model), sgd(twin)
+    (model, optimizer), (twin, twin_optimizer) = twins(sgd)
     outer = OuterSteps(twin)
     with paceline.join(address, model, optimizer, inner_steps=INNER_STEPS, overlap="blocking") as run:
         waits: list[int] = []
